@@ -1,0 +1,82 @@
+"""From settings to parts and back: models from a configuration or a checkpoint. Settings stop here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from queryvision.config import Config, arguments, make_config
+from queryvision.data.classes import ClassMap
+from queryvision.engine.checkpoint import load_checkpoint
+from queryvision.errors import CheckpointError, ConfigError
+from queryvision.model.builders import builder
+from queryvision.model.query_model import QueryModel
+from queryvision.task import Task, resolve_task
+
+
+@dataclass
+class Loaded:
+    """What a checkpoint holds, ready to use."""
+
+    model: QueryModel
+    task: Task
+    classes: ClassMap
+    config: Config
+    step: int
+    metrics: dict[str, float]
+
+
+def resolve(config: Config, task: Task) -> Config:
+    """The configuration with every default of its builder and its heads filled in.
+
+    Raises:
+        ConfigError: unknown builder, head or key.
+    """
+    name = config.model.get("name")
+    if not isinstance(name, str):
+        raise ConfigError("model.name: which builder makes the model? For example --set model.name=detr_r50")
+    given = {key: value for key, value in config.model.items() if key != "name"}
+    model = {"name": name, **arguments(builder(name), given, "model")}
+    unknown = set(config.heads) - set(task.heads)
+    if unknown:
+        task.make_heads(1, config.heads)  # says which
+    heads = {
+        head: arguments(spec.type, {**spec.settings, **config.heads.get(head, {})}, f"heads.{head}")
+        for head, spec in task.heads.items()
+    }
+    return config.model_copy(update={"model": model, "heads": heads})
+
+
+def build_model(config: Config, task: Task, classes: ClassMap) -> QueryModel:
+    """A model of a resolved configuration, with random weights."""
+    keywords = {key: value for key, value in config.model.items() if key != "name"}
+    return builder(config.model["name"])(task.make_heads(len(classes), config.heads), task.steering, **keywords)
+
+
+def header(config: Config, task: Task, classes: ClassMap) -> dict[str, Any]:
+    """What every checkpoint says beside the weights."""
+    return {"task": task.name, "config": config.model_dump(), "classes": classes.to_dict()}
+
+
+def load_model(path: str | Path) -> Loaded:
+    """Rebuilds a model from a checkpoint of ours; nothing but the file is needed.
+
+    Raises:
+        CheckpointError: it is something else, or does not fit this version.
+    """
+    content = load_checkpoint(path)
+    try:
+        config = make_config(content["config"], str(path))
+        classes = ClassMap.from_dict(content["classes"])
+        task = resolve_task(content["task"])
+        model = build_model(config, task, classes)
+    except (KeyError, ConfigError) as error:
+        raise CheckpointError(f"{path}: cannot be rebuilt: {error}") from error
+    weights = content.get("ema", content["model"])
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: weights and settings disagree: {str(error).splitlines()[1].strip()}") from error
+    model.eval()
+    return Loaded(model, task, classes, config, content.get("step", 0), content.get("metrics", {}))

@@ -1,0 +1,244 @@
+"""`qv`: a thin face of the Python functions. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from queryvision.errors import QueryVisionError
+
+app = typer.Typer(
+    name="qv", help="Query-based vision: one core, one engine, pluggable heads.", no_args_is_help=True, add_completion=False
+)
+data_app = typer.Typer(help="Make, check and view data sets.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, as in `qv config`.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command()
+def train(
+    task: Annotated[str | None, typer.Option(help="Which task; see `qv tasks`.")] = None,
+    config: Annotated[str | None, typer.Option(help="Name of a preset or a YAML file; see `qv config`.")] = None,
+    data: Annotated[str | None, typer.Option(help="Folder of the data set. Without: the embedded drawn scenes.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data, instead of steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images a step and device.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Short side of the input in pixels.")] = None,
+    weights: Annotated[str | None, typer.Option(help="none, imagenet, torchvision:NAME, timm:NAME, a path or a URL.")] = None,
+    devices: Annotated[int | None, typer.Option(help="Number of processes.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that read images.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the run, a folder under OUTPUT/TASK.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder of all runs.")] = None,
+    resume: Annotated[str | None, typer.Option(metavar="[RUN]", help="Go on with the newest run of this name, or with RUN.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse data with a bad annotation.")] = False,
+    set_: Set = None,
+    debug: Debug = False,
+) -> None:
+    """Train, evaluate, and leave a run folder with checkpoints, metrics, curves and pictures."""
+    from queryvision.runs import train as run
+
+    flags: dict[str, Any] = {
+        "data": data, "steps": steps, "epochs": epochs, "batch_size": batch_size, "lr": lr, "image_size": image_size,
+        "weights": weights, "devices": devices, "precision": precision, "workers": workers, "seed": seed, "name": name,
+        "output": output, "strict": strict or None,
+    }  # fmt: skip
+    again: bool | str = resume is not None and (True if resume == NEWEST else resume)
+    run(task, config, resume=again, settings=set_ or (), **flags)
+
+
+@app.command(name="eval")
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint of ours.")],
+    data: Annotated[str | None, typer.Option(help="Folder of the data set. Without: what it was trained on.")] = None,
+    split: Annotated[str, typer.Option(help="Which part of it.")] = "val",
+    json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
+    save_json: Annotated[str | None, typer.Option(help="Write all results there, in COCO's results format.")] = None,
+    evaluator: Annotated[str | None, typer.Option(help="auto, hotcoco or pycocotools.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Short side of the input in pixels.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images of equal size evaluated at once.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that read images.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Measure a checkpoint on a data set."""
+    from queryvision.commands import evaluate as run
+
+    metrics = run(
+        checkpoint, data, split=split, save_json=save_json, evaluator=evaluator, image_size=image_size,
+        batch_size=batch_size, workers=workers, quiet=json,
+    )  # fmt: skip
+    if json:
+        print(json_module.dumps(metrics, indent=2))
+    else:
+        for key, value in metrics.items():
+            print(f"{key:24s} {value:.4f}")
+
+
+@app.command()
+def predict(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint of ours.")],
+    sources: Annotated[list[str], typer.Argument(help="Pictures, folders, glob patterns.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder for overlays and results.json.")] = "predictions",
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Least score.")] = 0.5,
+    json: Annotated[str | None, typer.Option("--json", help="Write the COCO results there instead.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Short side of the input in pixels.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Draw what a model sees onto pictures."""
+    from queryvision.commands import predict as run
+
+    run(checkpoint, sources, output, threshold=threshold, json_file=json, image_size=image_size)
+
+
+@app.command()
+def trace(
+    config: Annotated[str, typer.Option(help="Name of a preset or a YAML file.")] = "detr_r50_coco",
+    image: Annotated[str, typer.Option(help="Height x width in pixels.")] = "800x600",
+    task: Annotated[str | None, typer.Option(help="Where two tasks have a preset of that name.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Print the journey of an image through a model, measured on the running model."""
+    from queryvision.trace import trace as run
+
+    rows = run(config, image, task=task)
+    widths = [max(len(r.part) for r in rows), max(len(r.shape) for r in rows)]
+    for row in rows:
+        print(f"{row.part:{widths[0]}s}  {row.shape:{widths[1]}s}  {row.what}")
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Path or URL of a published checkpoint.")],
+    family: Annotated[str, typer.Option("--from", help="Whose format: detr.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="File to write.")],
+    dc5: Annotated[bool | None, typer.Option(help="Dilated last stage; without: told by the file's name.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Turn a published checkpoint into one of ours."""
+    from queryvision.commands import convert as run
+
+    run(source, family, output, dc5=dc5)
+
+
+@app.command()
+def tasks(debug: Debug = False) -> None:
+    """List the tasks."""
+    from queryvision.task import resolve_task, task_names
+
+    for name in task_names():
+        print(f"{name:12s} {resolve_task(name).summary}")
+
+
+@app.command()
+def config(
+    name: Annotated[str | None, typer.Argument(help="A preset or a YAML file. Without: the list of presets.")] = None,
+    task: Annotated[str | None, typer.Option(help="Where two tasks have a preset of that name.")] = None,
+    set_: Set = None,
+    debug: Debug = False,
+) -> None:
+    """Print the whole resolved settings of a preset, with their documentation; or list the presets."""
+    from queryvision.config import presets
+
+    if name is None:
+        for path in presets():
+            first = path.read_text().splitlines()[0].removeprefix("# ")
+            print(f"{path.parent.name}/{path.stem:24s} {first}")
+        return
+    from queryvision.describe import describe
+
+    print(describe(name, task, set_ or ()))
+
+
+@data_app.command(name="make")
+def data_make(
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder; without: the cache.")] = None,
+    train: Annotated[int | None, typer.Option(min=1, help="Training images.")] = None,
+    val: Annotated[int | None, typer.Option(min=1, help="Validation images.")] = None,
+    size: Annotated[int | None, typer.Option(min=64, help="Longest side in pixels.")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Draw the embedded data set and write it as COCO files."""
+    from queryvision.data.scenes import make_scenes
+
+    chosen = {key: value for key, value in {"train": train, "val": val, "size": size}.items() if value is not None}
+    print(make_scenes(output, seed=seed, **chosen))
+
+
+@data_app.command(name="check")
+def data_check(
+    path: Annotated[str, typer.Argument(help="Folder of a data set.")],
+    task: Annotated[str, typer.Option(help="Whose annotations to check.")] = "detection",
+    debug: Debug = False,
+) -> None:
+    """Report every problem of a data set with file and annotation id; exit code 1 if there is one."""
+    from queryvision.data.check import check
+    from queryvision.task import resolve_task
+
+    report = check(path, resolve_task(task).needs)
+    print("\n".join(report.lines()))
+    raise typer.Exit(0 if report.ok else 1)
+
+
+@data_app.command(name="view")
+def data_view(
+    path: Annotated[str | None, typer.Argument(help="Folder of a data set. Without: the embedded one.")] = None,
+    output: Annotated[str, typer.Option("--output", "-o", help="Picture to write.")] = "data.png",
+    task: Annotated[str, typer.Option(help="Whose annotations to show.")] = "detection",
+    split: Annotated[str, typer.Option(help="Which part.")] = "train",
+    augmentation: Annotated[str, typer.Option(help="detr, light or none.")] = "light",
+    image_size: Annotated[int, typer.Option(help="Short side in pixels.")] = 256,
+    count: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of the choice and the augmentation.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Write a grid of annotated samples as they look after augmentation."""
+    from queryvision.data.coco import open_dataset
+    from queryvision.data.scenes import make_scenes
+    from queryvision.data.transforms import training_transform
+    from queryvision.data.view import view
+    from queryvision.task import resolve_task
+
+    dataset = open_dataset(path or str(make_scenes()), split, resolve_task(task).needs)
+    view(dataset, training_transform(augmentation, image_size), output, count=count, seed=seed)
+    print(output)
+
+
+NEWEST = "<newest>"
+
+
+def _arguments(given: list[str]) -> list[str]:
+    """`--resume` alone means the newest run; the parser wants a value."""
+    result = []
+    for index, word in enumerate(given):
+        result.append(word)
+        following = given[index + 1] if index + 1 < len(given) else "--"
+        if word == "--resume" and following.startswith("--"):
+            result.append(NEWEST)
+    return result
+
+
+def main() -> None:
+    """Entry point: an error made for people is one line and exit code 2."""
+    given = _arguments(sys.argv[1:])
+    try:
+        app(given)
+    except QueryVisionError as error:
+        if "--debug" in given:
+            raise
+        print(f"qv: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("qv: interrupted; `--resume` goes on from the last checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""The Python twins of the `qv` commands that use a checkpoint: same names, same defaults. Training stands in `runs`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from queryvision.assembly import Loaded, build_model, header, load_model, resolve
+from queryvision.config import load_config
+from queryvision.data.classes import ClassMap
+from queryvision.data.coco import CocoDataset, open_dataset
+from queryvision.data.scenes import make_scenes
+from queryvision.engine.checkpoint import save_checkpoint
+from queryvision.errors import ConfigError, DataError
+from queryvision.inference.predictor import Predictor, as_array, find_pictures
+from queryvision.runs import evaluate_model
+from queryvision.task import resolve_task
+from queryvision.weights import detr
+
+def evaluate(
+    checkpoint: str,
+    data: str | None = None,
+    *,
+    split: str = "val",
+    save_json: str | None = None,
+    evaluator: str | None = None,
+    image_size: int | None = None,
+    batch_size: int | None = None,
+    workers: int = 0,
+    quiet: bool = False,
+) -> dict[str, float]:
+    """Measures a checkpoint.
+
+    Args:
+        checkpoint: of ours.
+        data: folder of the data set; None: the one it was trained on.
+        split: which part of it.
+        save_json: write all results there, in COCO's results format.
+        evaluator: `auto`, `hotcoco` or `pycocotools`.
+        image_size: short side of the input; None: as in training.
+        batch_size: images of equal size evaluated at once.
+        workers: processes that read images.
+        quiet: no warnings.
+
+    Returns:
+        {metric: value}.
+
+    Raises:
+        DataError: the data cannot be read, or shares no class with the model.
+        CheckpointError: it is no checkpoint of ours.
+    """
+    loaded = load_model(checkpoint)
+    config = loaded.config
+    config.data.workers = workers
+    if image_size:
+        config.data.image_size = image_size
+    if batch_size:
+        config.evaluation.batch_size = batch_size
+    root = data or config.data.path or str(make_scenes())
+    dataset = open_dataset(root, split, loaded.task.needs)
+    _report_classes(loaded, dataset, quiet)
+    model = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    metrics, judge = evaluate_model(model, loaded.task, loaded.classes, dataset, config, evaluator)
+    if save_json:
+        Path(save_json).parent.mkdir(parents=True, exist_ok=True)
+        Path(save_json).write_text(json.dumps(judge.records))
+    return metrics
+
+
+def _report_classes(loaded: Loaded, dataset: CocoDataset, quiet: bool) -> None:
+    """Classes are matched by name; none in common is an error, some missing are named."""
+    missing = [name for name in dataset.classes.names if name not in loaded.classes.index_of_name]
+    if len(missing) == len(dataset.classes):
+        raise DataError(
+            f"{dataset.file}: the model knows none of its classes ({', '.join(missing[:5])}); it knows {', '.join(loaded.classes.names[:5])} …"
+        )
+    if missing and not quiet:
+        print(f"warning: the model does not know {len(missing)} classes of the data: {', '.join(missing[:10])}")
+
+
+def predict(
+    checkpoint: str,
+    sources: Sequence[str],
+    output: str = "predictions",
+    *,
+    threshold: float = 0.5,
+    json_file: str | None = None,
+    image_size: int | None = None,
+) -> Path:
+    """Draws results onto pictures.
+
+    Args:
+        checkpoint: of ours.
+        sources: files, folders, glob patterns.
+        output: folder for the overlays and `results.json` (COCO results format; `image_id` counts the pictures from 1).
+        threshold: least score.
+        json_file: write the results there instead of `output/results.json`.
+        image_size: short side of the input; None: as in training.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        DataError: a picture cannot be read.
+    """
+    predictor = Predictor(load_model(checkpoint), image_size=image_size)
+    pictures, folder = find_pictures(sources), Path(output)
+    unread: list[str] = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write into {folder} ({error.strerror}); choose another folder with --output") from error
+    records: list[dict[str, Any]] = []
+    images: list[dict[str, Any]] = []
+    for index, (path, picture) in enumerate(_readable(pictures, unread), 1):
+        result = predictor.predict(picture, threshold)
+        name = path.stem if all(i["drawn"] != f"{path.stem}.jpg" for i in images) else f"{path.stem}_{index}"
+        predictor.task.draw(Image.fromarray(picture), result).save(folder / f"{name}.jpg", quality=92)
+        records += predictor.task.records(result, index)
+        height, width = result.size
+        images.append({"id": index, "file_name": str(path), "drawn": f"{name}.jpg", "width": width, "height": height})
+    _write_results(folder, Path(json_file or folder / "results.json"), records, images, predictor.classes)
+    print(f"{len(images)} pictures, {len(records)} objects -> {folder}")
+    if unread:
+        raise DataError(f"{len(unread)} of {len(unread) + len(images)} pictures cannot be read: {', '.join(unread[:5])}")
+    return folder
+
+
+def _readable(pictures: Sequence[Path], unread: list[str]) -> Iterator[tuple[Path, np.ndarray]]:
+    """Pictures as arrays; what cannot be read is noted and left out, the others are not lost."""
+    for path in pictures:
+        try:
+            yield path, as_array(path)
+        except DataError as error:
+            unread.append(str(error))
+
+
+def _write_results(
+    folder: Path, file: Path, records: list[dict[str, Any]], images: list[dict[str, Any]], classes: ClassMap
+) -> None:
+    """COCO results, and beside the overlays which picture each `image_id` is and what the categories are called."""
+    categories = [{"id": i, "name": n} for i, n in zip(classes.ids, classes.names, strict=True)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(records))
+    (folder / "images.json").write_text(json.dumps({"images": images, "categories": categories}))
+
+
+def convert(source: str, family: str, output: str, *, dc5: bool | None = None) -> Path:
+    """Turns a published checkpoint into one of ours.
+
+    Args:
+        source: path or URL.
+        family: whose format; `detr` (facebookresearch/detr).
+        output: file to write.
+        dc5: whether its last stage is dilated; None: told by the file's name.
+
+    Raises:
+        CheckpointError: it is something else.
+        ConfigError: nobody reads that family.
+    """
+    if family != "detr":
+        raise ConfigError(f"--from {family}: no reader of that name. Valid: detr")
+    found = detr.read(source, dc5)
+    task = resolve_task(detr.TASK)
+    name = f"{found['model']['name']}_{'dc5_' if found['model']['dc5'] else ''}coco"
+    config = resolve(load_config(detr.TASK, name).model_copy(update={"model": found["model"]}), task)
+    model = build_model(config, task, found["classes"])
+    detr.fill(model, found["state"], model.heads.heads())
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    content = {**header(config, task, found["classes"]), "model": model.state_dict(), "step": 0, "metrics": {}}
+    save_checkpoint(Path(output), content)
+    print(f"{source} -> {output}: {found['model']['name']}, {len(found['classes'])} class rows and no-object")
+    return Path(output)

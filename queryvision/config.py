@@ -1,0 +1,239 @@
+"""Typed settings: a YAML file names what differs from the defaults, `--set section.key=value` what differs from the file.
+
+A default lives in one place: here for the engine and the data, in a builder's signature for `model.*`, in a head's constructor
+for `heads.<head>.*`. An unknown key is an error that names the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from queryvision.errors import ConfigError, nearest
+
+PRESETS = Path(__file__).parent / "configs"
+
+
+class Settings(BaseModel):
+    """Base of all sections: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class DataSettings(Settings):
+    """What to learn from."""
+
+    path: str | None = Field(None, description="folder of the data set; empty: the embedded drawn scenes")
+    train_split: str = Field("train", description="name of the split to train on")
+    val_split: str = Field("val", description="name of the split to evaluate on")
+    image_size: int = Field(128, ge=32, description="short side in pixels; the long side is capped at 1333/800 of it")
+    augmentation: Literal["detr", "light", "none"] = Field("light", description="detr: as published; light; none")
+    limit: int | None = Field(None, ge=1, description="use only so many training images, and evaluate on the same ones")
+    workers: int = Field(0, ge=0, description="processes that read images; 0: the training process itself")
+    strict: bool = Field(False, description="refuse a data set with a bad annotation instead of dropping it")
+
+
+class TrainSettings(Settings):
+    """How to learn."""
+
+    steps: int | None = Field(None, ge=1, description="optimiser steps; give this or epochs")
+    epochs: float | None = Field(None, gt=0, description="passes over the training images; give this or steps")
+    batch_size: int = Field(8, ge=1, description="images a step and device")
+    accumulate: int = Field(1, ge=1, description="batches summed up for one optimiser step")
+    lr: float = Field(1e-4, gt=0, description="AdamW learning rate of the transformer and the heads")
+    backbone_lr: float = Field(0.1, ge=0, description="the backbone's learning rate as a share of lr; 0: not trained")
+    weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay")
+    clip: float = Field(0.1, ge=0, description="largest norm of the gradient; 0: no clipping")
+    schedule: Literal["cosine", "step", "flat"] = Field("cosine", description="after warm-up: flat, then cosine; step; flat")
+    warmup: int = Field(100, ge=0, description="steps over which the learning rate rises from 0")
+    flat: float = Field(0.5, ge=0, le=1, description="cosine: share of all steps before the learning rate falls")
+    final: float = Field(0.01, ge=0, le=1, description="cosine: last learning rate as a share of the first")
+    drop_at: float = Field(2 / 3, gt=0, le=1, description="step: share of all steps after which the rate is a tenth")
+    ema: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights, which are evaluated; 0: no average")
+    ema_warmup: int = Field(200, ge=1, description="steps over which the decay rises")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the forward pass; losses are always fp32")
+    devices: int = Field(1, ge=1, description="processes; more than 1 needs torchrun or accelerate launch")
+    seed: int = Field(0, ge=0, description="of weights, order, augmentation and dropout")
+    log_every: int = Field(20, ge=1, description="steps between lines of metrics.csv")
+    eval_every: int = Field(200, ge=1, description="steps between evaluations; the last step is always evaluated")
+    save_every: int = Field(100, ge=1, description="steps between checkpoints; the last step is always saved")
+
+
+class EvaluationSettings(Settings):
+    """How to measure and to show."""
+
+    batch_size: int = Field(8, ge=1, description="images of equal size evaluated at once")
+    max_results: int = Field(100, ge=1, description="most results of an image, as in COCO AP")
+    evaluator: Literal["auto", "hotcoco", "pycocotools"] = Field("auto", description="auto: hotcoco where it imports")
+    threshold: float = Field(0.5, ge=0, le=1, description="least score that is drawn")
+    pictures: int = Field(12, ge=0, description="validation images in the picture grid")
+
+
+class Config(Settings):
+    """A whole run."""
+
+    task: str = Field("detection", description="a name of `qv tasks`, a dotted module, or several joined by +")
+    name: str = Field("run", description="of the run, a folder under output/<task>")
+    output: str = Field("runs", description="folder of all runs")
+    weights: str = Field("none", description="none, imagenet, torchvision:NAME, timm:NAME, a path or a URL")
+    model: dict[str, Any] = Field(default_factory=dict, description="name of a builder and its keyword arguments")
+    heads: dict[str, dict[str, Any]] = Field(default_factory=dict, description="keyword arguments of each head")
+    data: DataSettings = Field(default_factory=DataSettings)
+    train: TrainSettings = Field(default_factory=TrainSettings)
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+
+
+def load_config(
+    task: str | None = None,
+    config: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    settings: Sequence[str] = (),
+) -> Config:
+    """Reads a preset or a file and lays overrides over it.
+
+    Args:
+        task: name of the task; where no `config` is given, its `default.yaml`, or `custom.yaml` if `data.path` is overridden.
+        config: name of a preset or path of a YAML file.
+        overrides: {"section.key": value}; None values are left out.
+        settings: `section.key=value`, the value in YAML.
+
+    Raises:
+        ConfigError: no such preset, unknown key, wrong value.
+    """
+    changes = {key: value for key, value in (overrides or {}).items() if value is not None}
+    changes |= dict(_parse_setting(text) for text in settings)
+    path = find_preset(task, config, custom=changes.get("data.path") is not None)
+    values = _read_yaml(path) if path else {}
+    if task is not None:
+        if config is not None and values.get("task", task) != task:
+            raise ConfigError(f"{path}: this configuration is for task '{values['task']}', not '{task}'")
+        values["task"] = task
+    if "train.steps" in changes and "train.epochs" not in changes:
+        values.get("train", {}).pop("epochs", None)
+    if "train.epochs" in changes and "train.steps" not in changes:
+        values.get("train", {}).pop("steps", None)
+    for key, value in changes.items():
+        _put(values, key, value)
+    result = make_config(values, str(path or "settings"))
+    if (result.train.steps is None) == (result.train.epochs is None):
+        raise ConfigError("train: give either train.steps or train.epochs (--steps or --epochs)")
+    return result
+
+
+def make_config(values: Mapping[str, Any], where: str) -> Config:
+    """Checks plain values.
+
+    Raises:
+        ConfigError: unknown key or wrong value.
+    """
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {explain(error, Config)}") from error
+
+
+def find_preset(task: str | None, config: str | None, custom: bool = False) -> Path | None:
+    """The YAML file of a preset's name or a path; None for a task that has no preset of its own.
+
+    Raises:
+        ConfigError: there is no such preset or file.
+    """
+    if config is None:
+        path = PRESETS / (task or "detection") / ("custom.yaml" if custom else "default.yaml")
+        return path if path.exists() else None
+    if Path(config).suffix in (".yaml", ".yml") or Path(config).exists():
+        if not Path(config).is_file():
+            raise ConfigError(f"there is no configuration file {config}")
+        return Path(config)
+    found = {p.stem: p for p in presets() if task is None or p.parent.name == task}
+    if config not in found:
+        raise ConfigError(f"there is no configuration '{config}'; {nearest(config, found)}")
+    return found[config]
+
+
+def presets() -> list[Path]:
+    """All configurations that come with the package."""
+    return sorted(PRESETS.glob("*/*.yaml"))
+
+
+def arguments(function: Callable[..., Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Checks settings against the keyword-only arguments of a builder or a head.
+
+    Returns:
+        All of them, with defaults filled in.
+
+    Raises:
+        ConfigError: unknown key or wrong type; `where` is named.
+    """
+    target = function.__init__ if inspect.isclass(function) else function  # type: ignore[misc]
+    hints = get_type_hints(target)
+    keywords = [p for p in inspect.signature(target).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    fields: dict[str, Any] = {p.name: (hints.get(p.name, Any), ... if p.default is p.empty else p.default) for p in keywords}
+    model = create_model("Arguments", __config__=ConfigDict(extra="forbid", protected_namespaces=()), **fields)
+    try:
+        checked = model.model_validate(dict(given))
+    except ValidationError as error:
+        raise ConfigError(explain(error, model, where)) from error
+    return {name: getattr(checked, name) for name in fields}
+
+
+def explain(error: ValidationError, model: type[BaseModel], where: str = "") -> str:
+    """The first complaint of pydantic as one line for people."""
+    first = error.errors()[0]
+    names = [where, *(str(part) for part in first["loc"])]
+    key = ".".join(name for name in names if name)
+    if first["type"] == "extra_forbidden":
+        owner: Any = model
+        for part in first["loc"][:-1]:
+            owner = owner.model_fields[part].annotation
+        return f"there is no setting '{key}'; {nearest(str(first['loc'][-1]), owner.model_fields)}"
+    return f"{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _parse_setting(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {text}: write section.key=value, for example --set train.lr=0.0002")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text}: the value is not YAML ({str(error).splitlines()[0]})") from error
+    return key.strip(), _number(parsed)
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 as text; people mean the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    if isinstance(value, dict):
+        return {key: _number(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_number(item) for item in value]
+    return value
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {key}: '{section}' is a setting, not a section")
+    values[last] = value
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML ({str(error).splitlines()[0]})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a configuration is a mapping of settings, this is {type(values).__name__}")
+    return _number(values)  # type: ignore[no-any-return]

@@ -1,0 +1,143 @@
+"""Geometric steps that albumentations lacks: DETR's aspect-keeping resize, its random crop, a flip of many masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from queryvision.data.albumentations import A
+
+
+def resized_size(size: tuple[int, int], short: int, longest: int | None = None) -> tuple[int, int]:
+    """Size that keeps the aspect ratio, with the published rounding (`facebookresearch/detr:datasets/transforms.py`).
+
+    Args:
+        size: height, width in px.
+        short: wanted short side in px.
+        longest: the long side should not exceed this; the published rounding may by one pixel or so.
+
+    Returns:
+        New height, width.
+    """
+    height, width = size
+    low, high = min(size), max(size)
+    if longest is not None and high / low * short > longest:
+        short = max(1, round(longest * low / high))
+    if low == short:
+        return size
+    if width < height:
+        return int(short * height / width), short
+    return short, int(short * width / height)
+
+
+class ShortSide(A.DualTransform):  # type: ignore[misc]
+    """Resizes the short side to one of `sizes`, aspect ratio kept, with Pillow's antialiased bilinear filter as published.
+
+    Args:
+        sizes: short sides in px, one is drawn.
+        longest: bound of the long side in px.
+    """
+
+    _targets = A.HorizontalFlip._targets
+
+    def __init__(self, sizes: Sequence[int], longest: int | None = None, p: float = 1.0) -> None:
+        super().__init__(p=p)
+        self.sizes, self.longest = tuple(sizes), longest
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        """Draws the size."""
+        size = (int(params["shape"][0]), int(params["shape"][1]))
+        return {"size": resized_size(size, self.py_random.choice(self.sizes), self.longest)}
+
+    def apply(self, img: NDArray[Any], size: tuple[int, int] = (0, 0), **params: Any) -> NDArray[Any]:
+        """(H,W,3) uint8 -> (*size,3)."""
+        if img.shape[:2] == size:
+            return img
+        return np.array(Image.fromarray(img).resize((size[1], size[0]), Image.Resampling.BILINEAR))
+
+    def apply_to_masks(self, masks: NDArray[Any], size: tuple[int, int] = (0, 0), **params: Any) -> NDArray[Any]:
+        """(n,H,W) -> (n,*size), nearest pixel centre."""
+        resized = [cv2.resize(mask, (size[1], size[0]), interpolation=cv2.INTER_NEAREST_EXACT) for mask in masks]
+        return np.stack(resized) if resized else np.zeros((0, *size), masks.dtype)
+
+    def apply_to_bboxes(self, bboxes: NDArray[Any], **params: Any) -> NDArray[Any]:
+        """Boxes are relative to the image here."""
+        return bboxes
+
+    def apply_to_keypoints(self, keypoints: NDArray[Any], size: tuple[int, int] = (0, 0), **params: Any) -> NDArray[Any]:
+        """(n,5) x, y, z, angle, scale in px."""
+        height, width = params["shape"][:2]
+        moved = keypoints.astype(np.float32, copy=True)
+        moved[:, 0] *= size[1] / width
+        moved[:, 1] *= size[0] / height
+        return moved
+
+
+class RandomCrop(A.DualTransform):  # type: ignore[misc]
+    """Crops a part whose sides are drawn independently.
+
+    Args:
+        low: smallest side; px, or share of the side where `relative`.
+        high: largest side; never larger than the image.
+        relative: whether `low` and `high` are shares.
+    """
+
+    _targets = A.HorizontalFlip._targets
+
+    def __init__(self, low: float, high: float, relative: bool = False, p: float = 1.0) -> None:
+        super().__init__(p=p)
+        self.low, self.high, self.relative = low, high, relative
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        """Draws the part: y1, x1, y2, x2 in px."""
+        sides = [self._side(int(length)) for length in params["shape"][:2]]
+        starts = [self.py_random.randint(0, int(n) - s) for n, s in zip(params["shape"][:2], sides, strict=True)]
+        return {"part": (starts[0], starts[1], starts[0] + sides[0], starts[1] + sides[1])}
+
+    def _side(self, length: int) -> int:
+        unit = length if self.relative else 1
+        high = max(1, min(length, round(self.high * unit)))
+        side: int = self.py_random.randint(max(1, min(high, round(self.low * unit))), high)
+        return side
+
+    def apply(self, img: NDArray[Any], part: tuple[int, int, int, int] = (0, 0, 0, 0), **params: Any) -> NDArray[Any]:
+        """(H,W,...) -> the part."""
+        return img[part[0] : part[2], part[1] : part[3]]
+
+    def apply_to_masks(
+        self, masks: NDArray[Any], part: tuple[int, int, int, int] = (0, 0, 0, 0), **params: Any
+    ) -> NDArray[Any]:
+        """(n,H,W) -> the part of each."""
+        return masks[:, part[0] : part[2], part[1] : part[3]]
+
+    def apply_to_bboxes(
+        self, bboxes: NDArray[Any], part: tuple[int, int, int, int] = (0, 0, 0, 0), **params: Any
+    ) -> NDArray[Any]:
+        """(n,4+) relative to the image -> relative to the part, not yet clipped."""
+        height, width = params["shape"][:2]
+        y1, x1, y2, x2 = part
+        moved = bboxes.astype(np.float64, copy=True)
+        moved[:, [0, 2]] = (moved[:, [0, 2]] * width - x1) / (x2 - x1)
+        moved[:, [1, 3]] = (moved[:, [1, 3]] * height - y1) / (y2 - y1)
+        return moved
+
+    def apply_to_keypoints(
+        self, keypoints: NDArray[Any], part: tuple[int, int, int, int] = (0, 0, 0, 0), **params: Any
+    ) -> NDArray[Any]:
+        """(n,5) x, y, z, angle, scale in px."""
+        moved = keypoints.astype(np.float32, copy=True)
+        moved[:, :2] -= (part[1], part[0])
+        return moved
+
+
+class Flip(A.HorizontalFlip):  # type: ignore[misc]
+    """Mirrors left and right; unlike its base it takes any number of masks at once."""
+
+    def apply_to_masks(self, masks: NDArray[Any], **params: Any) -> NDArray[Any]:
+        """(n,H,W) -> mirrored."""
+        return masks[:, :, ::-1]

@@ -1,0 +1,246 @@
+"""Sample -> Sample: augmentation and resizing, carried out by albumentations, with everything annotated in step.
+
+Every call takes its own seed and touches no global generator, so that a sample looks the same in any loader process.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from queryvision.data.albumentations import A
+from queryvision.data.resizing import Flip, RandomCrop, ShortSide, resized_size
+from queryvision.errors import ConfigError, nearest
+from queryvision.structures import Annotations, Sample
+
+FlipPairs = Sequence[tuple[int, int]]
+PRESETS = ("detr", "light", "none")
+PUBLISHED_SIZE, PUBLISHED_LONGEST = 800, 1333  # px, DETR
+SMALLEST_SIDE = 0.01  # px; an object of which less is left is gone
+
+
+class Transform:
+    """A chain of albumentations steps for samples.
+
+    Boxes are clipped to the new image, and objects without area left are dropped. Where an object was cut and has a
+    mask, its box and area are those of what is left of the mask.
+
+    Args:
+        steps: albumentations transforms.
+        flip_pairs: keypoints (left, right) that change places in a mirrored image. None: not known, so a sample with
+            keypoints is not flipped (flips that are nested in `A.OneOf` and the like are an error then).
+    """
+
+    def __init__(self, steps: Sequence[A.BasicTransform | A.BaseCompose], flip_pairs: FlipPairs | None = None) -> None:
+        self.flip_pairs = None if flip_pairs is None else tuple((int(a), int(b)) for a, b in flip_pairs)
+        self._chain = _compose(steps)
+        self._unflipped = _compose([step for step in copy.deepcopy(list(steps)) if not isinstance(step, A.HorizontalFlip)])
+
+    def __call__(self, sample: Sample, seed: int = 0) -> Sample:
+        """Transforms a sample; the same seed gives the same sample.
+
+        Raises:
+            ConfigError: keypoints were mirrored, but their pairs are not known.
+        """
+        old = sample.annotations
+        height, width = sample.image.shape[:2]
+        data = {"image": sample.image, "bboxes": _numbered(old), "keypoints": _points(old, height, width)}
+        masks = _stacked(old)
+        if masks is not None and len(masks):
+            data["masks"] = masks
+        chain = self._chain if old.keypoints is None or self.flip_pairs is not None else self._unflipped
+        # One stream for all steps: `set_random_seed` would give every step the same seed, and so flip and crop together.
+        chain.set_random_state(np.random.default_rng(seed), random.Random(seed))
+        new = chain(**data)
+        image = np.ascontiguousarray(new["image"])
+        size = (image.shape[0], image.shape[1])
+        moved = np.asarray(new["bboxes"], np.float32).reshape(-1, 5)
+        points = np.asarray(new["keypoints"], np.float32)
+        if masks is not None:
+            masks = np.asarray(new["masks"]) if len(masks) else np.zeros((0, *size), np.uint8)
+        scale = _scale(points[:3], height, width)
+        return replace(sample, image=image, annotations=self._rebuild(old, moved, points[3:], masks, scale, size))
+
+    def _rebuild(
+        self,
+        old: Annotations,
+        moved: NDArray[Any],
+        points: NDArray[Any],
+        masks: NDArray[Any] | None,
+        scale: float,
+        size: tuple[int, int],
+    ) -> Annotations:
+        """Annotations from what albumentations returned: boxes (m,5) with their number, points (nK,2), masks (n+r,H,W)."""
+        n = len(old.labels)
+        number = moved[:, 4].astype(np.int64)
+        boxes = np.clip(moved[:, :4], 0, [*size[::-1]] * 2).astype(np.float32)
+        keep, kept, ignored = number[number < n], boxes[number < n], number[number >= n] - n
+        share = _area(kept) / np.maximum(_area(old.boxes[keep]) * abs(scale), 1e-9)
+        new = Annotations(
+            labels=old.labels[keep],
+            boxes=kept,
+            areas=(old.areas[keep] * abs(scale) * np.minimum(share, 1)).astype(np.float32),
+            ids=old.ids[keep],
+            extra={key: value[keep] for key, value in old.extra.items()},
+            has={key: value[keep] for key, value in old.has.items()},
+            ignore_boxes=boxes[number >= n],
+            ignore_labels=old.ignore_labels[ignored],
+            covers=old.covers,
+        )
+        if old.keypoints is not None:
+            new.keypoints, new.has["keypoints"] = self._keypoints(old, points, scale < 0, size)
+            new.keypoints, new.has["keypoints"] = new.keypoints[keep], new.has["keypoints"][keep]
+        if masks is not None and old.masks is not None:
+            new.masks = masks[:n][keep]
+            new.ignore_masks = None if old.ignore_masks is None else masks[n:][ignored]
+            return _follow_masks(new, cut=share < 0.999)
+        return new
+
+    def _keypoints(
+        self, old: Annotations, points: NDArray[Any], mirrored: bool, size: tuple[int, int]
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """(n,K,3) and (n,K) bool; what is unlabelled or outside becomes 0, 0, 0."""
+        assert old.keypoints is not None
+        keypoints = old.keypoints.copy()
+        keypoints[:, :, :2] = points.reshape(*keypoints.shape[:2], 2)
+        has = old.has.get("keypoints", np.ones(keypoints.shape[:2], bool)) & (keypoints[:, :, 2] > 0)
+        if mirrored:
+            if self.flip_pairs is None:
+                raise ConfigError("a step mirrors images with keypoints; give flip_pairs, or leave the step out")
+            order = np.arange(keypoints.shape[1])
+            for left, right in self.flip_pairs:
+                order[[left, right]] = order[[right, left]]
+            keypoints, has = keypoints[:, order], has[:, order]
+        x, y = keypoints[:, :, 0], keypoints[:, :, 1]
+        has = has & (x >= 0) & (y >= 0) & (x <= size[1]) & (y <= size[0])
+        keypoints[~has] = 0
+        return keypoints, has
+
+
+class EvaluationTransform(Transform):
+    """Resizes only, and knows the size beforehand, so that images of equal size can share a batch.
+
+    Args:
+        short: short side in px.
+        longest: bound of the long side in px.
+    """
+
+    def __init__(self, short: int, longest: int | None) -> None:
+        super().__init__([ShortSide([short], longest)], flip_pairs=())
+        self.short, self.longest = short, longest
+
+    def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height, width of the network's input for an image of `size` (height, width)."""
+        return resized_size(size, self.short, self.longest)
+
+
+def training_transform(name: str, image_size: int, flip_pairs: FlipPairs | None = None) -> Transform:
+    """What training images go through.
+
+    Args:
+        name: "detr": flip, resize to one of eleven sizes, and half the time a crop in between, as published. "light":
+            flip, mild colour, mild scale, and a crop that keeps most objects. "none": resize only.
+        image_size: largest short side in px; all of DETR's numbers scale with it (800 as published).
+        flip_pairs: see `Transform`.
+
+    Raises:
+        ConfigError: the name is unknown or the size is not positive.
+    """
+    longest = _scaled(PUBLISHED_LONGEST, image_size)
+    if name == "detr":
+        sizes = [_scaled(side, image_size) for side in range(480, 801, 32)]
+        crop = [
+            ShortSide([_scaled(side, image_size) for side in (400, 500, 600)]),
+            RandomCrop(_scaled(384, image_size), _scaled(600, image_size)),
+            ShortSide(sizes, longest),
+        ]
+        return Transform([Flip(p=0.5), A.OneOf([ShortSide(sizes, longest), A.Sequential(crop, p=1.0)], p=1.0)], flip_pairs)
+    if name == "light":
+        colour = A.ColorJitter(brightness=(0.8, 1.2), contrast=(0.8, 1.2), saturation=(0.8, 1.2), hue=(-0.02, 0.02), p=0.5)
+        sizes = [max(1, round(image_size * share)) for share in (0.8, 0.85, 0.9, 0.95, 1.0)]
+        crop_some = RandomCrop(0.8, 1.0, relative=True, p=0.5)
+        return Transform([Flip(p=0.5), crop_some, ShortSide(sizes, longest), colour], flip_pairs)
+    if name == "none":
+        return Transform([ShortSide([image_size], longest)], flip_pairs)
+    raise ConfigError(f"no augmentation '{name}'; {nearest(name, PRESETS)}")
+
+
+def evaluation_transform(image_size: int) -> EvaluationTransform:
+    """What images go through in evaluation and prediction: short side `image_size` px, long side at most 1333/800 of it.
+
+    Raises:
+        ConfigError: the size is not positive.
+    """
+    return EvaluationTransform(image_size, _scaled(PUBLISHED_LONGEST, image_size))
+
+
+def _scaled(published: int, image_size: int) -> int:
+    if image_size < 1:
+        raise ConfigError(f"image_size is {image_size}; give the short side of the images in pixels, such as 800")
+    return max(1, round(published * image_size / PUBLISHED_SIZE))
+
+
+def _compose(steps: Sequence[A.BasicTransform | A.BaseCompose]) -> A.Compose:
+    boxes = A.BboxParams(format="pascal_voc", clip=True, min_width=SMALLEST_SIDE, min_height=SMALLEST_SIDE)
+    chain = list(steps) or [A.NoOp()]  # albumentations warns about a chain without steps
+    return A.Compose(chain, bbox_params=boxes, keypoint_params=A.KeypointParams(format="xy", remove_invisible=False))
+
+
+def _numbered(annotations: Annotations) -> NDArray[Any]:
+    """(n+r,5) float32: boxes, then ignore regions, each with its number, by which survivors are recognised."""
+    boxes = np.concatenate([annotations.boxes, annotations.ignore_boxes]).astype(np.float32)
+    return np.concatenate([boxes, np.arange(len(boxes), dtype=np.float32)[:, None]], axis=1)
+
+
+def _points(annotations: Annotations, height: int, width: int) -> NDArray[Any]:
+    """(3+nK,2) float32: three corners, from which scale and mirroring are read off afterwards, then the keypoints."""
+    corners = np.array([[0, 0], [width, 0], [0, height]], np.float32)
+    if annotations.keypoints is None:
+        return corners
+    return np.concatenate([corners, annotations.keypoints[:, :, :2].reshape(-1, 2).astype(np.float32)])
+
+
+def _stacked(annotations: Annotations) -> NDArray[Any] | None:
+    if annotations.masks is None:
+        return None
+    parts = [annotations.masks] + ([annotations.ignore_masks] if annotations.ignore_masks is not None else [])
+    stacked: NDArray[Any] = np.concatenate(parts)
+    return stacked
+
+
+def _scale(corners: NDArray[Any], height: int, width: int) -> float:
+    """By how much areas grew; negative: mirrored."""
+    right, down = (corners[1] - corners[0]) / width, (corners[2] - corners[0]) / height
+    return float(right[0] * down[1] - right[1] * down[0])
+
+
+def _area(boxes: NDArray[Any]) -> NDArray[Any]:
+    return np.asarray((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
+
+
+def _follow_masks(annotations: Annotations, cut: NDArray[Any]) -> Annotations:
+    """Lets boxes and areas of cut objects (n,) follow their masks; drops those of which nothing is left."""
+    assert annotations.masks is not None
+    has = annotations.has.get("masks", np.ones(len(cut), bool))
+    seen = annotations.masks.any((1, 2))
+    for i in np.flatnonzero(cut & has & seen):
+        columns, rows = np.flatnonzero(annotations.masks[i].any(0)), np.flatnonzero(annotations.masks[i].any(1))
+        annotations.boxes[i] = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+        annotations.areas[i] = annotations.masks[i].sum()
+    # An object that merely became too small for a pixel keeps its box, and says that it has no mask.
+    annotations.has["masks"] = has & seen
+    gone = cut & has & ~seen
+    return _select(annotations, ~gone) if gone.any() else annotations
+
+
+def _select(annotations: Annotations, keep: NDArray[Any]) -> Annotations:
+    rows = {name: getattr(annotations, name) for name in ("labels", "boxes", "areas", "ids", "masks", "keypoints")}
+    chosen = {name: value[keep] for name, value in rows.items() if value is not None}
+    extra = {key: value[keep] for key, value in annotations.extra.items()}
+    return replace(annotations, **chosen, extra=extra, has={key: value[keep] for key, value in annotations.has.items()})

@@ -1,0 +1,83 @@
+"""The evaluation loop: results of a data set, in pixels of the original images, into the task's evaluator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from queryvision.data.classes import ClassMap
+from queryvision.data.loader import ImageInfo
+from queryvision.model.query_model import QueryModel
+from queryvision.structures import Batch, ImageBatch, Result
+from queryvision.task import Evaluator, Task
+
+
+@torch.inference_mode()
+def results_of(
+    model: QueryModel, task: Task, classes: ClassMap, images: ImageBatch, sizes: torch.Tensor, limit: int, paths: list[str]
+) -> list[Result]:
+    """What the model says about a batch.
+
+    Args:
+        model: in evaluation mode.
+        task: picks and decodes.
+        classes: of the model.
+        images: on the model's device.
+        sizes: (B,2) height and width of the original images, on the host.
+        limit: most results of an image.
+        paths: of the images, or empty strings.
+
+    Returns:
+        One result an image, on the host, best first.
+    """
+    outputs = model(images)
+    picks, values = task.decode(model.heads.heads(), outputs.final(), sizes.to(images.pixels.device), limit)
+    scores, labels = picks.scores.cpu(), picks.classes.cpu()
+    host = {name: value.cpu() for name, value in values.items()}
+    return [
+        Result(scores[i], labels[i], classes, (height, width), {name: value[i] for name, value in host.items()}, paths[i])
+        for i, (height, width) in enumerate(sizes.tolist())
+    ]
+
+
+def predict_batches(
+    model: QueryModel, task: Task, classes: ClassMap, batches: Iterable[tuple[Batch, list[ImageInfo]]], limit: int
+) -> Iterator[tuple[ImageInfo, Result]]:
+    """Results image by image; the model is put into evaluation mode."""
+    model.eval()
+    device = next(model.parameters()).device
+    for batch, infos in batches:
+        sizes = torch.tensor([info.size for info in infos])
+        results = results_of(model, task, classes, batch.images.to(device), sizes, limit, [info.path for info in infos])
+        yield from zip(infos, results, strict=True)
+
+
+def evaluate(
+    model: QueryModel,
+    task: Task,
+    classes: ClassMap,
+    batches: Iterable[tuple[Batch, list[ImageInfo]]],
+    ground_truth: dict[str, Any],
+    limit: int = 100,
+    backend: str = "auto",
+) -> tuple[dict[str, float], Evaluator]:
+    """Metrics of a model on a data set.
+
+    Args:
+        model: any mode; left in evaluation mode.
+        task: gives the evaluator.
+        classes: of the model.
+        batches: of `evaluation_loader`.
+        ground_truth: COCO dict of the same images.
+        limit: most results of an image.
+        backend: of the evaluator.
+
+    Returns:
+        {metric: value} and the evaluator, which holds the records.
+    """
+    evaluator = task.evaluator(ground_truth, classes, backend)
+    for info, result in predict_batches(model, task, classes, batches, limit):
+        evaluator.add(info.image_id, result)
+    return evaluator.compute(), evaluator

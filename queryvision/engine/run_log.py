@@ -1,0 +1,162 @@
+"""What a run leaves for people: metrics.csv, TensorBoard events, curves.png, a progress bar or plain lines.
+
+`metrics.csv` holds nothing that depends on the clock, so that a resumed run writes the same file as one without interruption.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class RunLog:
+    """Writes the run folder's records; on other ranks than 0 it does nothing.
+
+    Args:
+        folder: of the run.
+        steps: of the whole run, for the progress bar.
+        start: first step; later rows of an interrupted run are dropped.
+        active: whether this rank writes.
+    """
+
+    def __init__(self, folder: Path, steps: int, start: int = 0, active: bool = True) -> None:
+        self.folder, self.steps, self.active = folder, steps, active
+        self.path = folder / "metrics.csv"
+        self.console = Console()
+        self.progress: Progress | None = None
+        if not active:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
+        kept = _read_rows(self.path, start) if start else []
+        self.columns = list(dict.fromkeys(key for row in kept for key in row)) or ["step"]
+        self._write_csv(kept)
+        self.began, self.first, self.images = time.perf_counter(), start, 0
+        self.paused = 0.0
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.progress = Progress(*columns, TextColumn("{task.fields[info]}"), console=self.console)
+            self.bar = self.progress.add_task("training", total=steps, completed=start, info="")
+            self.progress.start()
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        if self.active:
+            self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def row(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of the CSV; a column that is new is added to all of it."""
+        if not self.active:
+            return
+        row = {"step": str(step), **{key: repr(float(value)) for key, value in values.items()}}
+        new = [key for key in row if key not in self.columns]
+        if new:
+            kept = _read_rows(self.path)
+            self.columns += new
+            self._write_csv([*kept, row])
+        else:
+            with open(self.path, "a", newline="") as file:
+                csv.DictWriter(file, self.columns).writerow(row)
+        for key, value in values.items():
+            self.board.add_scalar(key, value, step)
+
+    def advance(self, step: int, images: int) -> None:
+        """A step is done."""
+        if self.active:
+            self.images += images
+            if self.progress is not None:
+                self.progress.update(self.bar, completed=step)
+
+    def status(self, step: int, loss: float, lr: float) -> None:
+        """Loss, speed and remaining time: in the bar, or as a plain line where the output is no terminal."""
+        if not self.active:
+            return
+        seconds = max(1e-9, time.perf_counter() - self.began - self.paused)
+        speed = self.images / seconds
+        self.board.add_scalar("images per second", speed, step)
+        if self.progress is not None:
+            self.progress.update(self.bar, info=f"loss {loss:.3f}  {speed:.1f} images/s")
+            return
+        left = (self.steps - step) * seconds / max(1, step - self.first)
+        print(f"step {step}/{self.steps}  loss {loss:.4f}  lr {lr:.2e}  {speed:.1f} images/s  left {_clock(left)}", flush=True)
+
+    def pause(self, seconds: float) -> None:
+        """Time that is not training."""
+        if self.active:
+            self.paused += seconds
+
+    def close(self) -> None:
+        """Draws the curves and ends the bar."""
+        if not self.active:
+            return
+        if self.progress is not None:
+            self.progress.stop()
+        self.board.close()
+        draw_curves(_read_rows(self.path), self.folder / "curves.png")
+        sys.stdout.flush()
+
+    def _write_csv(self, rows: list[dict[str, str]]) -> None:
+        temporary = self.path.with_suffix(".tmp")
+        with open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        temporary.replace(self.path)
+
+
+def _read_rows(path: Path, last: int | None = None) -> list[dict[str, str]]:
+    """Rows up to step `last`; a line that a killed run left unfinished ends the file."""
+    rows: list[dict[str, str]] = []
+    if not path.exists():
+        return rows
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            step = row.get("step") or ""
+            if not step.isdigit() or (rows and int(step) <= int(rows[-1]["step"])) or (last is not None and int(step) > last):
+                break
+            rows.append(row)
+    return rows
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def draw_curves(rows: list[dict[str, str]], path: Path) -> None:
+    """Losses at the left, metrics at the right, over the steps."""
+    from matplotlib.figure import Figure
+
+    series: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        for key, text in row.items():
+            if key != "step" and text:
+                series.setdefault(key, []).append((int(row["step"]), float(text)))
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    losses, metrics = figure.subplots(1, 2)
+    for key, points in series.items():
+        steps, values = zip(*points, strict=True)
+        if key.startswith("loss"):
+            losses.plot(steps, values, label=key, linewidth=2 if key == "loss" else 1)
+        elif key.startswith("val/") and key.count("/") == 1:  # the classes' own curves would hide the others
+            metrics.plot(steps, values, label=key.removeprefix("val/"), marker="o", markersize=3)
+    for axis, title in ((losses, "training loss"), (metrics, "validation")):
+        axis.set(title=title, xlabel="optimiser step")
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def summary(task: str, config: Mapping[str, Any], steps: int, seconds: float, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """The content of `summary.json`; `metrics` are those of the best checkpoint."""
+    return {"task": task, "config": dict(config), "steps": steps, "seconds": round(seconds, 1), "metrics": dict(metrics)}

@@ -1,0 +1,168 @@
+"""The contract of a head: one kind of answer, from prediction to result, in one place.
+
+Legend: B images, Q queries, T targets, S stages, N memory tokens, P slots a query, D width, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from queryvision.structures import Answer, Facts, Features, Match, Memory, Picks, Round, Stage, Targets
+
+
+@dataclass
+class Scene:
+    """What all queries share about the images; made once a batch, after the encoder."""
+
+    memory: Memory
+    features: Features  # of the neck
+    extras: Mapping[str, Any] = field(default_factory=dict)  # what the caller of the model gave along (a prompt ...)
+
+
+@dataclass
+class View:
+    """What a head sees at one stage. Only `state` is needed, so that a foreign decoder can call a head, too."""
+
+    state: Tensor  # (B,Q,D) after the decoder's norm
+    raw: Tensor | None = None  # (B,Q,D) before it
+    slots: Tensor | None = None  # (B,Q,P,D) the head's own slots, normed
+    anchors: Tensor | None = None  # (B,Q,2|4) what the layer looked around, 0..1, detached
+    points: Tensor | None = None  # (B,Q,P,2) the same of the head's own slots
+    base: Tensor | None = None  # `anchors` with their gradient
+    points_base: Tensor | None = None  # `points` with their gradient
+    stage: Stage = Stage("layer", last=True)
+    previous: Answer | None = None  # the head's own answer of the layer before
+    answers: Mapping[str, Answer] = field(default_factory=dict)  # of the heads before it at this stage
+    context: Any = None  # what `prepare` returned
+
+
+@dataclass
+class Feedback:
+    """What a head tells the next layer; the core detaches it where it must not carry a gradient."""
+
+    anchors: Tensor | None = None  # (B,Q,2|4) 0..1
+    points: Tensor | None = None  # (B,Q,P,2) 0..1
+    hidden: Tensor | None = None  # (B,Q,N) bool, True = do not look
+
+
+@dataclass
+class DenoisingPlan:
+    """Which target each denoising query starts from; on the host."""
+
+    target: Tensor  # (B,Q) int64, index of the target; VOID in padding
+    positive: Tensor  # (B,Q) bool, False: noised so far that it must learn to say no
+    group: Tensor  # (Q,) int64
+    num_groups: int
+
+
+@dataclass
+class Noise:
+    """What a head adds to the denoising queries."""
+
+    content: Tensor | None = None  # (B,Q,D) added to slot 0
+    anchors: Tensor | None = None  # (B,Q,2|4)
+    points: Tensor | None = None  # (B,Q,P,2)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a head must fit: width D of the states, number of decoder layers."""
+
+    width: int
+    num_layers: int
+
+
+class Head(nn.Module):
+    """One kind of answer. Subclasses override what they need; everything but `forward`, `loss` and `decode` has a default.
+
+    Attributes:
+        name: key of its answers and losses, unique in a model.
+        slots: further decoder states it owns beside each query's own.
+        matched_by: "stage", or "union": its losses use the pairs that any stage of the same queries found.
+        weights: weight of every term that `loss` returns.
+        published: {family: {their prefix: own prefix}} of its parameters in published checkpoints.
+    """
+
+    name: str
+    slots: int = 0
+    matched_by: Literal["stage", "union"] = "stage"
+    weights: dict[str, float]
+    published: ClassVar[dict[str, dict[str, str]]] = {}
+
+    def prepare(self, scene: Scene) -> Any:
+        """Whatever its stages share of one batch; default None."""
+        return None
+
+    def forward(self, view: View) -> Answer | None:
+        """One stage's answer {field: (B,Q,...)}; None where it is silent."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward(view)")
+
+    def feedback(self, answer: Answer, view: View) -> Feedback:
+        """What the next layer looks around, or must not look at."""
+        return Feedback()
+
+    def rank(self, answer: Answer) -> Tensor:
+        """How promising each proposal is, (B,N)."""
+        raise NotImplementedError(f"head '{self.name}' cannot rank proposals: it has no rank(answer)")
+
+    def noise(self, targets: Targets, plan: DenoisingPlan, generators: Sequence[torch.Generator] | None) -> Noise | None:
+        """What the denoising queries of `plan` start from; None: nothing of its own."""
+        return None
+
+    def count(self, targets: Targets, num_queries: int, repeats: int = 1) -> float:
+        """What its losses are divided by, known before the forward pass: by default the number of targets."""
+        return float(sum(targets.counts) * repeats)
+
+    def cost(self, round: Round, targets: Targets, generators: Sequence[torch.Generator] | None) -> Tensor | None:
+        """Weighted matching cost (S,B,Q,T) in float32; None: takes no part in matching."""
+        return None
+
+    def quality(self, round: Round, match: Match, targets: Targets) -> tuple[Tensor, Tensor] | None:
+        """How good matched answers are, (pairs,) 0..1, and for which pairs that is known, (pairs,) bool."""
+        return None
+
+    def ignored(self, round: Round, targets: Targets) -> Tensor | None:
+        """Which answers lie in a crowd or ignore region, (S,B,Q) bool; None: cannot tell, or there is none."""
+        return None
+
+    def loss(self, round: Round, match: Match, targets: Targets, facts: Facts) -> dict[str, Tensor]:
+        """Unweighted terms {term: (S,)}, already divided by `facts.normaliser`."""
+        raise NotImplementedError(f"{type(self).__name__} must define loss(round, match, targets, facts)")
+
+    def decode(self, round: Round, picks: Picks, sizes: Tensor) -> dict[str, Tensor]:
+        """Fields of the picked (query, class) pairs {field: (B,k,...)}.
+
+        Args:
+            round: the final stage, S = 1.
+            picks: k pairs of each image.
+            sizes: (B,2) height and width of the original images in pixels.
+        """
+        return {}
+
+
+@dataclass(frozen=True)
+class Steering:
+    """Which head steers what; each at most one, by name.
+
+    Attributes:
+        rank: chooses among proposals.
+        first: gives the first anchors, from its answer to a proposal.
+        later: gives every next layer's anchors.
+        hidden: says where the next layer may not look.
+        quality: asked in this order how good a matched pair is.
+    """
+
+    rank: str | None = None
+    first: str | None = None
+    later: str | None = None
+    hidden: str | None = None
+    quality: tuple[str, ...] = ()
+
+    def names(self) -> set[str]:
+        """Every head named here."""
+        return {name for name in (self.rank, self.first, self.later, self.hidden, *self.quality) if name}

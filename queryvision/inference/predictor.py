@@ -1,0 +1,150 @@
+"""The predictor: pictures in, typed results out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from PIL import Image
+
+from queryvision.assembly import Loaded, load_model
+from queryvision.data.classes import ClassMap
+from queryvision.data.images import read_image
+from queryvision.data.loader import collate
+from queryvision.data.transforms import evaluation_transform
+from queryvision.engine.evaluation import results_of
+from queryvision.errors import DataError
+from queryvision.structures import Annotations, Result, Sample
+
+Picture = str | Path | Image.Image | np.ndarray
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+
+
+class Predictor:
+    """A model ready to look at pictures.
+
+    Args:
+        loaded: a checkpoint's content.
+        device: where to run; None: CUDA where there is one.
+        image_size: short side of the input in pixels; None: as in training.
+        batch_size: most pictures of equal size looked at together.
+    """
+
+    def __init__(
+        self, loaded: Loaded, device: str | None = None, image_size: int | None = None, batch_size: int | None = None
+    ) -> None:
+        self.loaded = loaded
+        self.task = loaded.task
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = loaded.model.to(self.device).eval()
+        self.transform = evaluation_transform(image_size or loaded.config.data.image_size)
+        self.batch_size = batch_size or loaded.config.evaluation.batch_size
+        self.limit = loaded.config.evaluation.max_results
+
+    @property
+    def classes(self) -> ClassMap:
+        """Of the model."""
+        return self.loaded.classes
+
+    @overload
+    def predict(self, source: Picture, threshold: float = ...) -> Result: ...
+
+    @overload
+    def predict(self, source: Sequence[Picture], threshold: float = ...) -> list[Result]: ...
+
+    def predict(self, source: Picture | Sequence[Picture], threshold: float = 0.5) -> Result | list[Result]:
+        """Looks at one picture or several.
+
+        Args:
+            source: a path, a PIL image, an RGB array (H,W,3) uint8, or a list of these.
+            threshold: least score of a result; 0 keeps all.
+
+        Returns:
+            One result, or a list of them for a list; boxes and masks in pixels of the original picture.
+
+        Raises:
+            DataError: a picture cannot be read.
+        """
+        if isinstance(source, (str, Path, Image.Image, np.ndarray)):
+            return next(self.stream([source], threshold))
+        return list(self.stream(source, threshold))
+
+    def stream(self, sources: Sequence[Picture], threshold: float = 0.5) -> Iterator[Result]:
+        """Results in the order of the sources; pictures that follow each other with equal input size are batched."""
+        samples = (self._sample(source, index) for index, source in enumerate(sources))
+        for _, same in groupby(samples, key=lambda sample: sample.image.shape):
+            waiting: list[Sample] = []
+            for sample in same:
+                waiting.append(sample)
+                if len(waiting) == self.batch_size:
+                    yield from self._look(waiting, threshold)
+                    waiting = []
+            if waiting:
+                yield from self._look(waiting, threshold)
+
+    def _sample(self, source: Picture, index: int) -> Sample:
+        image = as_array(source)
+        height, width = image.shape[:2]
+        path = str(source) if isinstance(source, (str, Path)) else ""
+        return self.transform(Sample(image, Annotations.empty(), index, (height, width), path), 0)
+
+    def _look(self, samples: list[Sample], threshold: float) -> list[Result]:
+        batch = collate(samples, len(self.classes), ("labels", "boxes"))
+        sizes = torch.tensor([sample.original_size for sample in samples])
+        paths = [sample.path for sample in samples]
+        images = batch.images.to(self.device)
+        results = results_of(self.model, self.task, self.classes, images, sizes, self.limit, paths)
+        return [result.above(threshold) for result in results]
+
+
+def as_array(source: Picture) -> np.ndarray:
+    """A picture as an RGB array (H,W,3) uint8.
+
+    Raises:
+        DataError: it cannot be read or has another form.
+    """
+    if isinstance(source, (str, Path)):
+        if not Path(source).is_file():
+            raise DataError(f"there is no picture {source}")
+        return read_image(Path(source))
+    if isinstance(source, Image.Image):
+        return np.asarray(source.convert("RGB"))
+    if source.ndim != 3 or source.shape[2] != 3 or source.dtype != np.uint8:
+        raise DataError(f"an array must be (H,W,3) uint8 RGB, this is {source.shape} {source.dtype}")
+    return source
+
+
+def find_pictures(sources: Sequence[str]) -> list[Path]:
+    """Files, folders and glob patterns -> picture files, each once, sorted within a folder.
+
+    Raises:
+        DataError: a source matches nothing.
+    """
+    import glob
+
+    found: dict[Path, None] = {}
+    for source in sources:
+        path = Path(source)
+        if path.is_dir():
+            here = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+        elif path.is_file():
+            here = [path]
+        else:
+            here = sorted(Path(p) for p in glob.glob(source, recursive=True) if Path(p).is_file())
+        if not here:
+            raise DataError(f"{source}: no such file, and no picture ({', '.join(sorted(SUFFIXES))}) found there")
+        found.update(dict.fromkeys(here))
+    return list(found)
+
+
+def load(path: str | Path, **options: Any) -> Predictor:
+    """A predictor from a checkpoint file; see `Predictor` for the options.
+
+    Raises:
+        CheckpointError: it is no checkpoint of ours.
+    """
+    return Predictor(load_model(path), **options)

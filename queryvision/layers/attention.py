@@ -1,0 +1,87 @@
+"""Multi-head attention on `scaled_dot_product_attention`.
+
+Legend: B images, Q queries, N keys, D width, H attention heads. True in a mask means: do not look.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Multi-head attention with the parameters, names and initialisation of `nn.MultiheadAttention`.
+
+    Queries and keys carry positions, values do not; so the caller gives them apart.
+
+    Args:
+        width: D.
+        num_heads: H, a divisor of D.
+        dropout: of the attention weights, in training.
+    """
+
+    def __init__(self, width: int, num_heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"width {width} is not divisible by {num_heads} attention heads")
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.xavier_uniform_(self.out_proj.weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """Every query looks at the keys.
+
+        Args:
+            query: (B,Q,D). The same object as `key` in self-attention, which saves a projection.
+            key: (B,N,D).
+            value: (B,N,D).
+            hidden: bool, broadcastable to (B,Q,N), True = do not look. Every row needs a key it may look at.
+
+        Returns:
+            (B,Q,D).
+        """
+        width = query.shape[-1]
+        if query is key:
+            q, k = F.linear(query, self.in_proj_weight[: 2 * width], self.in_proj_bias[: 2 * width]).chunk(2, -1)
+        else:
+            w_q, w_k, _ = self.in_proj_weight.chunk(3)
+            b_q, b_k, _ = self.in_proj_bias.chunk(3)
+            q, k = F.linear(query, w_q, b_q), F.linear(key, w_k, b_k)
+        v = F.linear(value, self.in_proj_weight[2 * width :], self.in_proj_bias[2 * width :])
+        mask = None if hidden is None else ~hidden[:, None]
+        out = F.scaled_dot_product_attention(
+            self._split(q), self._split(k), self._split(v), mask, self.dropout if self.training else 0.0
+        )
+        return self.out_proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def _split(self, x: Tensor) -> Tensor:
+        """(B,N,D) -> (B,H,N,D/H)."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """Linear, ReLU, dropout, linear.
+
+    Args:
+        width: D.
+        hidden: channels between the two linear layers.
+        dropout: after the activation.
+    """
+
+    def __init__(self, width: int, hidden: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(width, hidden)
+        self.linear2 = nn.Linear(hidden, width)
+        self.dropout = dropout
+        for layer in (self.linear1, self.linear2):
+            nn.init.xavier_uniform_(layer.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(...,D) -> (...,D)."""
+        return self.linear2(F.dropout(F.relu(self.linear1(x), inplace=True), self.dropout, self.training))  # type: ignore[no-any-return]

@@ -1,0 +1,28 @@
+"""The perceptron used by heads and positions."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them.
+
+    Args:
+        width: input channels.
+        hidden: channels of the hidden layers.
+        out: output channels.
+        num_layers: linear layers, at least 1.
+    """
+
+    def __init__(self, width: int, hidden: int, out: int, num_layers: int) -> None:
+        super().__init__()
+        sizes = [width, *[hidden] * (num_layers - 1), out]
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(...,width) -> (...,out)."""
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x), inplace=True)
+        return self.layers[-1](x)  # type: ignore[no-any-return]

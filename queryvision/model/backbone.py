@@ -1,0 +1,204 @@
+"""Convolutional backbones: torchvision's ResNets with frozen batch norm, and timm's models with feature maps.
+
+Legend: B images, L levels, C_l channels of a level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from queryvision.errors import ConfigError, nearest
+from queryvision.structures import Features, ImageBatch
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Backbone(nn.Module):
+    """Turns pixels into maps, finest level first.
+
+    Attributes:
+        channels: C_l of each level.
+        strides: input pixels per cell of each level.
+        mean, std: what its weights expect pixels (0..1, RGB) to be normalised by.
+    """
+
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def maps(self, pixels: Tensor) -> list[Tensor]:
+        """(B,3,H,W) normalised -> L x (B,C_l,H_l,W_l)."""
+        raise NotImplementedError(f"{type(self).__name__} must define maps(pixels)")
+
+    def parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """(name, module) from the image upwards, for freezing."""
+        yield from ()
+
+    def forward(self, images: ImageBatch) -> Features:
+        """Maps and their padding; `images.pixels` must be normalised."""
+        maps = self.maps(images.pixels.contiguous(memory_format=torch.channels_last))
+        if not images.padded:
+            return Features(maps, [None] * len(maps))
+        padding = images.padding[:, None].float()
+        return Features(maps, [F.interpolate(padding, m.shape[-2:])[:, 0].bool() for m in maps])
+
+
+def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
+    """Convolution and batch norm; a frozen norm is a constant scale and shift, so it is folded into the weights.
+
+    Exact, also in training: the gradient reaches the weights through the product, and the norm's pass over the map is saved.
+    """
+    if not isinstance(norm, FrozenBatchNorm2d):
+        return norm(conv(x))  # type: ignore[no-any-return]
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    weight = conv.weight * scale[:, None, None, None]
+    return F.conv2d(x, weight, norm.bias - norm.running_mean * scale, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+class ResNet(Backbone):
+    """A torchvision ResNet without its classifier (arXiv 1512.03385).
+
+    Args:
+        name: `resnet18`, `resnet34`, `resnet50`, `resnet101` ...
+        levels: which of the stages 1..4 to give out.
+        frozen_norm: batch norm with constant statistics (DETR), or live.
+        dilated: the last stage at stride 16 with dilation instead of stride 32 (DETR's DC5).
+        freeze: how many parts from the image upwards are not trained; DETR freezes the stem and stage 1 (2).
+    """
+
+    def __init__(
+        self, name: str, levels: Sequence[int] = (4,), frozen_norm: bool = True, dilated: bool = False, freeze: int = 2
+    ) -> None:
+        super().__init__()
+        if name not in _resnets():
+            raise ConfigError(f"there is no backbone '{name}' in torchvision; {nearest(name, _resnets())}")
+        body = torchvision.models.get_model(
+            name,
+            weights=None,
+            norm_layer=FrozenBatchNorm2d if frozen_norm else nn.BatchNorm2d,
+            replace_stride_with_dilation=[False, False, dilated],
+        )
+        self.levels = tuple(levels)
+        self.body = nn.ModuleDict({k: m for k, m in body.named_children() if k not in ("avgpool", "fc")})
+        widths = [self._width(stage) for stage in (1, 2, 3, 4)]
+        self.channels = tuple(widths[level - 1] for level in self.levels)
+        self.strides = tuple(16 if dilated and level == 4 else 2 ** (level + 1) for level in self.levels)
+        for _, part in list(self.parts())[:freeze]:
+            part.requires_grad_(False)
+        self.to(memory_format=torch.channels_last)
+
+    def _width(self, stage: int) -> int:
+        block = self.body[f"layer{stage}"][-1]
+        return int((block.conv3 if hasattr(block, "conv3") else block.conv2).out_channels)
+
+    def parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """The stem, then the four stages."""
+        yield "stem", nn.ModuleList([self.body["conv1"], self.body["bn1"]])
+        for stage in (1, 2, 3, 4):
+            yield f"layer{stage}", self.body[f"layer{stage}"]
+
+    def maps(self, pixels: Tensor) -> list[Tensor]:
+        """See `Backbone.maps`."""
+        x = F.relu(conv_norm(self.body["conv1"], self.body["bn1"], pixels), inplace=True)
+        x = F.max_pool2d(x, 3, 2, 1)
+        maps = []
+        for stage in range(1, max(self.levels) + 1):
+            for block in self.body[f"layer{stage}"]:
+                x = _residual(block, x)
+            if stage in self.levels:
+                maps.append(x)
+        return maps
+
+
+def _residual(block: nn.Module, x: Tensor) -> Tensor:
+    """torchvision's BasicBlock or Bottleneck with `conv_norm`."""
+    steps = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
+    if hasattr(block, "conv3"):
+        steps.append((block.conv3, block.bn3))
+    out = x
+    for conv, norm in steps[:-1]:
+        out = F.relu(conv_norm(conv, norm, out), inplace=True)
+    out = conv_norm(*steps[-1], out)
+    shortcut = x if block.downsample is None else conv_norm(block.downsample[0], block.downsample[1], x)
+    return F.relu(out.add_(shortcut), inplace=True)
+
+
+class TimmBackbone(Backbone):
+    """Any timm model with feature maps.
+
+    Args:
+        name: timm's name of it.
+        strides: which levels to give out, by their stride.
+        freeze_norm: keep batch norm at its statistics and untrained, also in training.
+    """
+
+    def __init__(self, name: str, strides: Sequence[int] = (32,), freeze_norm: bool = True) -> None:
+        super().__init__()
+        if not timm.is_model(name):
+            raise ConfigError(f"there is no backbone '{name}' in timm; {nearest(name, timm.list_models(name[:4] + '*') or ['resnet50'])}")
+        body = timm.create_model(name, features_only=True, pretrained=False)
+        reductions = body.feature_info.reduction()
+        missing = set(strides) - set(reductions)
+        if missing:
+            raise ConfigError(f"backbone '{name}' has no level of stride {sorted(missing)}, only {reductions}")
+        keep = tuple(reductions.index(stride) for stride in strides)
+        self.body = timm.create_model(name, features_only=True, pretrained=False, out_indices=keep)
+        self.channels = tuple(self.body.feature_info.channels())
+        self.strides = tuple(strides)
+        config = timm.get_pretrained_cfg(name)
+        if config is not None:
+            self.mean, self.std = tuple(config.mean), tuple(config.std)
+        self.freeze_norm = freeze_norm
+        if freeze_norm:
+            for norm in self._norms():
+                norm.requires_grad_(False)
+        self.train(self.training)
+        self.to(memory_format=torch.channels_last)
+
+    def _norms(self) -> Iterator[nn.Module]:
+        return (m for m in self.body.modules() if isinstance(m, nn.BatchNorm2d))
+
+    def train(self, mode: bool = True) -> TimmBackbone:
+        """Frozen norms stay in evaluation mode."""
+        super().train(mode)
+        if self.freeze_norm:
+            for norm in self._norms():
+                norm.eval()
+        return self
+
+    def maps(self, pixels: Tensor) -> list[Tensor]:
+        """See `Backbone.maps`."""
+        return list(self.body(pixels))
+
+
+def make_backbone(
+    name: str, strides: Sequence[int] = (32,), frozen_norm: bool = True, dilated: bool = False, freeze: int = 2
+) -> Backbone:
+    """A backbone by its name: torchvision's ResNets, everything else from timm.
+
+    Args:
+        name: of the architecture.
+        strides: levels wanted, by stride.
+        frozen_norm: constant batch-norm statistics.
+        dilated: see `ResNet`.
+        freeze: see `ResNet`.
+
+    Raises:
+        ConfigError: nobody knows the name, or it has no such level.
+    """
+    if name in _resnets():
+        levels = [stride.bit_length() - 2 for stride in strides]
+        return ResNet(name, levels, frozen_norm, dilated, freeze)
+    return TimmBackbone(name, strides, frozen_norm)
+
+
+def _resnets() -> list[str]:
+    return [n for n in torchvision.models.list_models(module=torchvision.models) if n.startswith(("resnet", "resnext", "wide_resnet"))]

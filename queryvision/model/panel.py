@@ -1,0 +1,132 @@
+"""The panel: all heads of a model, asked in order, and whose word steers.
+
+Legend: B images, Q queries, P slots, N memory tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from queryvision.errors import ConfigError
+from queryvision.head import Feedback, Head, Scene, Steering, View
+from queryvision.model.decoder import Look
+from queryvision.structures import Answer, Stage
+
+
+class Panel(nn.ModuleDict):
+    """Heads by name, in the order in which they answer.
+
+    Args:
+        heads: with distinct names.
+        steering: who steers.
+
+    Raises:
+        ConfigError: two heads share a name, or the steering names a head that is not there.
+    """
+
+    def __init__(self, heads: Sequence[Head], steering: Steering) -> None:
+        names = [head.name for head in heads]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"heads need distinct names, got {names}")
+        if not names:
+            raise ConfigError("a model needs at least one head")
+        missing = steering.names() - set(names)
+        if missing:
+            raise ConfigError(f"steering names the heads {sorted(missing)}, but the model has {names}")
+        super().__init__({head.name: head for head in heads})
+        self.steering = steering
+        self.num_slots = sum(head.slots for head in heads)
+        self._spans: dict[str, slice] = {}
+        start = 0
+        for head in heads:
+            self._spans[head.name] = slice(start, start + head.slots)
+            start += head.slots
+
+    def heads(self) -> dict[str, Head]:
+        """{name: head}, typed."""
+        return {name: cast(Head, head) for name, head in self.items()}
+
+    def prepare(self, scene: Scene) -> dict[str, Any]:
+        """What each head shares over the stages of a batch."""
+        return {name: head.prepare(scene) for name, head in self.heads().items()}
+
+    def answer(
+        self,
+        stage: Stage,
+        normed: Tensor,
+        raw: Tensor,
+        look: Look | None,
+        previous: Mapping[str, Answer],
+        contexts: Mapping[str, Any],
+    ) -> tuple[dict[str, Answer], Feedback]:
+        """Asks the heads at one stage.
+
+        Before the last layer only those are asked that steer, unless the model is in training mode.
+
+        Args:
+            stage: where in the model.
+            normed: (B,Q,1+P,D) after the decoder's norm.
+            raw: (B,Q,1+P,D) before it.
+            look: what the layer looked around; None: nothing.
+            previous: answers of the stage before.
+            contexts: of `prepare`.
+
+        Returns:
+            {head: answer} and the feedback of those who steer.
+        """
+        answers: dict[str, Answer] = {}
+        feedback = Feedback()
+        for name, head in self.heads().items():
+            if not (self.training or stage.last or self._steers(name, stage)):
+                continue
+            view = self._view(name, stage, normed, raw, look, previous.get(name), answers, contexts.get(name))
+            said = head(view)
+            if said is None:
+                continue
+            answers[name] = said
+            if self._steers(name, stage):
+                self._take(feedback, name, head.feedback(said, view), stage)
+        return answers, feedback
+
+    def _steers(self, name: str, stage: Stage) -> bool:
+        s = self.steering
+        named = (s.rank, s.first) if stage.kind == "proposal" else (s.later, s.hidden)
+        return name in named or self.heads()[name].slots > 0
+
+    def _take(self, feedback: Feedback, name: str, said: Feedback, stage: Stage) -> None:
+        """Keeps of what a head says only the part it steers."""
+        s = self.steering
+        if name == (s.first if stage.kind == "proposal" else s.later):
+            feedback.anchors = said.anchors
+        if name == s.hidden:
+            feedback.hidden = said.hidden
+        if self.heads()[name].slots and said.points is not None:
+            feedback.points = said.points if feedback.points is None else torch.cat((feedback.points, said.points), 2)
+
+    def _view(
+        self,
+        name: str,
+        stage: Stage,
+        normed: Tensor,
+        raw: Tensor,
+        look: Look | None,
+        previous: Answer | None,
+        answers: Mapping[str, Answer],
+        context: Any,
+    ) -> View:
+        span = self._spans[name]
+        own = slice(1 + span.start, 1 + span.stop)
+        has_slots = span.stop > span.start
+        view = View(normed[:, :, 0], raw[:, :, 0], stage=stage, previous=previous, answers=dict(answers), context=context)
+        if has_slots:
+            view.slots = normed[:, :, own]
+        if look is not None:
+            view.anchors, view.base = look.anchors, look.base
+            if has_slots and look.points is not None:
+                view.points = look.points[:, :, span]
+                view.points_base = None if look.points_base is None else look.points_base[:, :, span]
+        return view

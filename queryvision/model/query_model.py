@@ -1,0 +1,134 @@
+"""The whole model: backbone, neck, encoder, queries, decoder and the heads' panel.
+
+Legend: B images, Q queries, P slots, N memory tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from queryvision.head import Feedback, Head, Scene, Steering
+from queryvision.model.backbone import Backbone
+from queryvision.model.decoder import Look
+from queryvision.model.denoising import Denoising
+from queryvision.model.groups import Entry, make_rounds, unseen
+from queryvision.model.panel import Panel
+from queryvision.model.queries import Carried, carry
+from queryvision.structures import Answer, ImageBatch, Outputs, Stage, Targets
+
+
+class QueryModel(nn.Module):
+    """A query-based vision model made of parts; what it answers is a matter of its heads.
+
+    Args:
+        backbone: pixels -> Features.
+        neck: Features -> Features of width D.
+        encoder: Features -> Memory.
+        queries: (Memory, Panel, contexts) -> Queries; has `num_queries`.
+        decoder: Queries and Memory -> states, asking the heads on the way.
+        heads: in the order in which they answer.
+        steering: who steers; nobody in DETR.
+        denoising: adds denoising queries in training; None: no denoising.
+
+    Raises:
+        ConfigError: the steering and the heads do not fit.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        neck: nn.Module,
+        encoder: nn.Module,
+        queries: nn.Module,
+        decoder: nn.Module,
+        heads: Sequence[Head],
+        steering: Steering | None = None,
+        denoising: Denoising | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.neck = neck
+        self.encoder = encoder
+        self.queries = queries
+        self.decoder = decoder
+        self.heads = Panel(heads, steering or Steering())
+        self.denoising = denoising
+        self.register_buffer("mean", torch.tensor(backbone.mean).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(backbone.std).view(3, 1, 1) * 255, persistent=False)
+
+    @property
+    def steering(self) -> Steering:
+        """Who steers."""
+        return self.heads.steering
+
+    @property
+    def num_queries(self) -> int:
+        """Size of the main group, without carried queries."""
+        return int(self.queries.num_queries)  # type: ignore[arg-type]
+
+    def group_sizes(self, counts: Sequence[int]) -> dict[str, tuple[int, int]]:
+        """{query group: (queries, repeats)} of a training step on images with so many targets; known beforehand."""
+        groups = {"main": (self.num_queries, 1)}
+        if self.denoising is not None:
+            num_groups = self.denoising.num_groups(counts)
+            groups["denoising"] = (num_groups * max(1, max(counts, default=0)), num_groups)
+        return groups
+
+    def normalise(self, images: ImageBatch) -> ImageBatch:
+        """Pixels 0..255 (uint8) -> normalised for the backbone, zero in the padding; floating pixels pass as they are."""
+        if images.pixels.is_floating_point():
+            return images
+        pixels = images.pixels.contiguous(memory_format=torch.channels_last)
+        pixels = (pixels - self.mean) / self.std
+        if images.padded:
+            pixels = pixels.masked_fill(images.padding[:, None], 0.0)
+        return replace(images, pixels=pixels)
+
+    def forward(
+        self,
+        images: ImageBatch,
+        targets: Targets | None = None,
+        *,
+        carried: Carried | None = None,
+        extras: Mapping[str, Any] | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> Outputs:
+        """Predicts.
+
+        Args:
+            images: uint8, or floating and already normalised.
+            targets: needed for denoising in training, ignored otherwise.
+            carried: queries that join the main group (tracks).
+            extras: handed to the heads' `prepare` (a prompt).
+            generators: one an image, for the heads' noise.
+
+        Returns:
+            Rounds; at inference only what the last stage (and whoever steers) said.
+        """
+        features = self.neck(self.backbone(self.normalise(images)))
+        memory = self.encoder(features)
+        contexts = self.heads.prepare(Scene(memory, features, extras or {}))
+        queries = self.queries(memory, self.heads, contexts)
+        if carried is not None:
+            queries = carry(queries, carried)
+        if self.training and self.denoising is not None and targets is not None:
+            queries = self.denoising(queries, targets, self.heads, generators)
+        entries: list[Entry] = []
+
+        def ask(stage: Stage, normed: Tensor, raw: Tensor, look: Look) -> Feedback:
+            previous: Mapping[str, Answer] = entries[-1][1] if entries else {}
+            answers, feedback = self.heads.answer(stage, normed, raw, look, previous, contexts)
+            entries.append((stage, answers))
+            return feedback
+
+        hidden = unseen(queries.groups, len(memory.tokens), memory.tokens.device)
+        self.decoder(queries, memory, hidden, ask)
+        return Outputs([*queries.rounds, *make_rounds(entries, queries.groups, contexts)])

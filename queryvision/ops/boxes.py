@@ -1,0 +1,78 @@
+"""Box arithmetic. cxcywh = (cx, cy, w, h); xyxy = (x1, y1, x2, y2). Nothing here asserts on predictions: a NaN stays a NaN."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """(...,4) centre and size -> (...,4) corners."""
+    centre, half = boxes[..., :2], boxes[..., 2:] * 0.5
+    return torch.cat((centre - half, centre + half), -1)
+
+
+def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
+    """(...,4) corners -> (...,4) centre and size."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return torch.cat(((low + high) * 0.5, high - low), -1)
+
+
+def box_area(boxes: Tensor) -> Tensor:
+    """Area of xyxy boxes (...,4) -> (...)."""
+    size = boxes[..., 2:] - boxes[..., :2]
+    return size[..., 0] * size[..., 1]
+
+
+def _overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Intersection and union of broadcastable xyxy boxes (...,4)."""
+    size = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0)
+    inter = size[..., 0] * size[..., 1]
+    return inter, box_area(a) + box_area(b) - inter
+
+
+def box_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union of broadcastable xyxy boxes (...,4) -> (...); 0 where both are empty."""
+    inter, union = _overlap(a, b)
+    return inter / union.clamp(min=torch.finfo(union.dtype).tiny)
+
+
+def generalized_box_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Generalised IoU (arXiv 1902.09630) of broadcastable xyxy boxes (...,4) -> (...), -1..1."""
+    tiny = torch.finfo(a.dtype).tiny
+    inter, union = _overlap(a, b)
+    size = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0)
+    hull = size[..., 0] * size[..., 1]
+    return inter / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+
+
+def covered_share(boxes: Tensor, regions: Tensor) -> Tensor:
+    """Largest share of each box that lies inside one region (intersection over the box's own area).
+
+    Args:
+        boxes: (...,B,Q,4) xyxy.
+        regions: (B,R,4) xyxy.
+
+    Returns:
+        (...,B,Q), 0..1; 0 without regions.
+    """
+    if regions.shape[1] == 0:
+        return boxes.new_zeros(boxes.shape[:-1])
+    inter, _ = _overlap(boxes[..., None, :], regions[:, None])
+    return (inter / box_area(boxes).clamp(min=torch.finfo(boxes.dtype).tiny)[..., None]).amax(-1)
+
+
+def pairwise_l1(a: Tensor, b: Tensor) -> Tensor:
+    """L1 distance of all pairs (B,N,F), (B,T,F) -> (B,N,T).
+
+    `cdist` is several times faster on a CPU, the broadcast on CUDA (roboflow/rf-detr PR 1486).
+    """
+    if a.device.type == "cpu":
+        return torch.cdist(a, b, p=1)
+    return (a[:, :, None] - b[:, None]).abs().sum(-1)
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Logit of x clamped to 0..1, with `eps` as the least share (Deformable DETR, util/misc.py)."""
+    x = x.clamp(0, 1)
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))

@@ -1,0 +1,245 @@
+"""A training run from settings to its folder: data, model, trainer, summary, pictures."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from PIL import Image
+
+from queryvision.assembly import build_model, header, load_model, resolve
+from queryvision.config import Config, load_config, make_config
+from queryvision.criterion import Criterion
+from queryvision.data.classes import ClassMap
+from queryvision.data.coco import CocoDataset, check_same_classes, open_dataset
+from queryvision.data.loader import BatchPlan, evaluation_loader, train_loader
+from queryvision.data.scenes import make_scenes
+from queryvision.data.transforms import evaluation_transform, training_transform
+from queryvision.engine.checkpoint import load_checkpoint
+from queryvision.engine.evaluation import evaluate
+from queryvision.engine.run_log import summary
+from queryvision.engine.trainer import Trainer, make_accelerator
+from queryvision.errors import CheckpointError, ConfigError, DataError
+from queryvision.inference.drawing import grid
+from queryvision.inference.predictor import Predictor
+from queryvision.model.query_model import QueryModel
+from queryvision.structures import Batch
+from queryvision.task import Evaluator, Task, resolve_task
+from queryvision.weights.sources import load_backbone
+
+FLAGS = {
+    "data": "data.path",
+    "steps": "train.steps",
+    "epochs": "train.epochs",
+    "batch_size": "train.batch_size",
+    "lr": "train.lr",
+    "image_size": "data.image_size",
+    "weights": "weights",
+    "devices": "train.devices",
+    "precision": "train.precision",
+    "workers": "data.workers",
+    "seed": "train.seed",
+    "output": "output",
+    "name": "name",
+    "strict": "data.strict",
+}
+"""The most used settings and where they stand in a configuration; a test freezes them."""
+
+
+def train(
+    task: str | None = None,
+    config: str | None = None,
+    *,
+    resume: bool | str = False,
+    settings: Sequence[str] = (),
+    **flags: Any,
+) -> Path:
+    """Trains, evaluates and leaves a run folder.
+
+    Args:
+        task: name of the task; None: of the configuration, else `detection`.
+        config: name of a preset or a YAML file; None: the task's default.
+        resume: go on with the newest run of this name, or with a given run folder.
+        settings: `section.key=value`.
+        **flags: the keys of `FLAGS`.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: one line says what is wrong.
+    """
+    unknown = set(flags) - set(FLAGS)
+    if unknown:
+        raise TypeError(f"train() got unknown arguments {sorted(unknown)}; everything else goes into settings=[...]")
+    if isinstance(resume, str):
+        chosen = _config_of_run(Path(resume))
+    else:
+        chosen = load_config(task, config, {FLAGS[key]: value for key, value in flags.items()}, settings)
+    folder, go_on = run_folder(chosen, resume)
+    return _Run(chosen, folder).fit(go_on)
+
+
+def run_folder(config: Config, resume: bool | str) -> tuple[Path, bool]:
+    """The folder of a run, and whether there is a checkpoint to go on from. A new run never writes into an old one's folder.
+
+    Raises:
+        ConfigError: there is nothing to resume.
+    """
+    if isinstance(resume, str):
+        folder = Path(resume).parent if Path(resume).suffix == ".pt" else Path(resume)
+        if not folder.is_dir():
+            raise ConfigError(f"--resume {resume}: there is no such run folder")
+        return folder, (folder / "last.pt").exists()
+    parent = Path(config.output) / config.task
+    taken = [parent / config.name]
+    while taken[-1].exists():
+        taken.append(parent / f"{config.name}-{len(taken) + 1}")
+    if not resume:
+        return taken[-1], False
+    if len(taken) == 1:
+        raise ConfigError(f"--resume: there is no run {taken[0]}; start it without --resume, or name its folder")
+    return taken[-2], (taken[-2] / "last.pt").exists()
+
+
+def _config_of_run(path: Path) -> Config:
+    folder = path.parent if path.suffix == ".pt" else path
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"--resume {path}: there is no run here (no {file})")
+    return make_config(yaml.safe_load(file.read_text()), str(file))
+
+
+class _Run:
+    """One training run: data, model and trainer of a configuration."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.task: Task = resolve_task(config.task)
+        self.config = resolve(config, self.task)
+        self.folder = folder
+        self.accelerator = make_accelerator(self.config.train)
+        self.train_data, self.val_data = open_splits(self.config, self.task)
+        self.classes = self.train_data.classes
+        train, world = self.config.train, self.accelerator.num_processes
+        self.plan = BatchPlan(
+            self.train_data.sizes[:, 1] / self.train_data.sizes[:, 0],
+            train.batch_size,
+            train.seed,
+            rank=self.accelerator.process_index,
+            world=world,
+        )
+        self.steps_per_epoch = self.plan.steps_per_epoch / train.accumulate
+        self.steps = train.steps or max(1, round((train.epochs or 1) * self.steps_per_epoch))
+
+    def fit(self, resume: bool) -> Path:
+        config, folder = self.config, self.folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
+        except OSError as error:
+            raise ConfigError(f"cannot write into {folder} ({error.strerror}); choose another folder with --output") from error
+        torch.manual_seed(config.train.seed)
+        model = build_model(config, self.task, self.classes)
+        if not resume:
+            print(load_backbone(model.backbone, str(config.model.get("backbone", "")), config.weights))
+        self._announce(model)
+        trainer = Trainer(
+            model=model,
+            criterion=Criterion(model.heads.heads(), model.steering),
+            settings=config.train,
+            steps=self.steps,
+            batches=self._batches,
+            evaluate=self._evaluate,
+            main_metric=self.task.main_metric,
+            folder=folder,
+            header={**header(config, self.task, self.classes), "steps_per_epoch": self.steps_per_epoch},
+            accelerator=self.accelerator,
+        )
+        if resume and not self._same_classes():
+            raise CheckpointError(f"{folder / 'last.pt'}: was trained on other classes than {config.data.path or 'the scenes'} has")
+        progress = trainer.fit(resume)
+        if self.accelerator.is_main_process:
+            text = summary(self.task.name, config.model_dump(), self.steps, progress.seconds, progress.best_metrics)
+            (folder / "summary.json").write_text(json.dumps(text, indent=2))
+            self._picture(folder)
+            print(f"done: {folder}")
+        return folder
+
+    def _same_classes(self) -> bool:
+        return bool(load_checkpoint(self.folder / "last.pt")["classes"] == self.classes.to_dict())
+
+    def _announce(self, model: QueryModel) -> None:
+        parameters = sum(p.numel() for p in model.parameters()) / 1e6
+        epochs = self.steps / self.steps_per_epoch
+        print(
+            f"{self.task.name}: {len(self.train_data)} training and {len(self.val_data)} validation images, "
+            f"{len(self.classes)} classes, {parameters:.1f} M parameters, {self.steps} steps ({epochs:.1f} epochs) -> {self.folder}"
+        )
+        if self.train_data.max_objects > model.num_queries:
+            print(
+                f"warning: an image has {self.train_data.max_objects} objects but the model only {model.num_queries} queries; "
+                f"the rest cannot be found. Set model.num_queries to at least {self.train_data.max_objects}"
+            )
+
+    def _batches(self, start: int) -> Iterator[Batch]:
+        data = self.config.data
+        transform = training_transform(data.augmentation, data.image_size)
+        pin = self.accelerator.device.type == "cuda"
+        loader = train_loader(
+            self.train_data, transform, len(self.classes), self.task.needs, self.plan, start, data.workers, pin
+        )
+        return iter(loader)
+
+    def _evaluate(self, model: QueryModel) -> dict[str, float]:
+        return evaluate_model(model, self.task, self.classes, self.val_data, self.config)[0]
+
+    def _picture(self, folder: Path) -> None:
+        """A grid of predictions on validation images."""
+        count = min(self.config.evaluation.pictures, len(self.val_data))
+        if not count or not (folder / "best.pt").exists():
+            return
+        predictor = Predictor(load_model(folder / "best.pt"))
+        chosen = sorted(random.Random(0).sample(range(len(self.val_data)), count))
+        samples = [self.val_data.read(index) for index in chosen]
+        results = predictor.predict([sample.image for sample in samples], self.config.evaluation.threshold)
+        drawn = [self.task.draw(Image.fromarray(s.image), r) for s, r in zip(samples, results, strict=True)]
+        grid(drawn, 4).save(folder / "predictions.png")
+
+
+def open_splits(config: Config, task: Task) -> tuple[CocoDataset, CocoDataset]:
+    """Training and validation data of a configuration; the drawn scenes where no path is given.
+
+    Raises:
+        DataError: they cannot be read, are empty, or disagree about their classes.
+    """
+    data = config.data
+    root = data.path or str(make_scenes())
+    train = open_dataset(root, data.train_split, task.needs, data.strict)
+    if data.limit:
+        train = train.subset(data.limit)
+        val = train
+    else:
+        val = open_dataset(root, data.val_split, task.needs, data.strict)
+        check_same_classes(train, val)
+    for split in (train, val):
+        if not len(split):
+            raise DataError(f"{split.file}: holds no image")
+        if split.warning():
+            print(f"warning: {split.warning()}")
+    return train, val
+
+
+def evaluate_model(
+    model: QueryModel, task: Task, classes: ClassMap, data: CocoDataset, config: Config, backend: str | None = None
+) -> tuple[dict[str, float], Evaluator]:
+    """Metrics of a model on a data set with the settings of a configuration."""
+    settings = config.evaluation
+    batches = evaluation_loader(
+        data, evaluation_transform(config.data.image_size), len(data.classes), task.needs, settings.batch_size, config.data.workers
+    )
+    return evaluate(model, task, classes, batches, data.ground_truth(), settings.max_results, backend or settings.evaluator)

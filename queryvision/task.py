@@ -1,0 +1,211 @@
+"""What a task provides: data about heads, annotations, picks, metrics and drawing, but no loop."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+from torch import Tensor
+
+from queryvision.data.classes import ClassMap
+from queryvision.config import arguments
+from queryvision.errors import ConfigError, nearest
+from queryvision.head import Head, Sizes, Steering
+from queryvision.structures import Picks, Result, Round
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """How a task makes one head.
+
+    Attributes:
+        type: the class.
+        takes: what its constructor takes first, in order: `width`, `num_layers` (see `Sizes`), `num_classes`.
+        settings: the task's own choice of its keyword arguments; a configuration may change them.
+    """
+
+    type: type[Head]
+    takes: tuple[str, ...] = ("width",)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Evaluator(Protocol):
+    """Collects results and turns them into metrics."""
+
+    records: list[dict[str, Any]]
+
+    def add(self, image_id: int, result: Result) -> None:
+        """Takes the whole result of one image, without a threshold."""
+
+    def compute(self) -> dict[str, float]:
+        """Metrics by their usual names."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task is data. The engine runs it without knowing which one it is.
+
+    Attributes:
+        name: as in `--task`.
+        summary: one line for people.
+        needs: annotation fields it learns from.
+        heads: {name: how to make it}, in the order in which they answer.
+        steering: who steers, where an architecture asks.
+        pick: (heads, final round, limit) -> the (query, class) pairs that become results.
+        evaluator: (ground truth as a COCO dict, classes of the model, backend) -> Evaluator.
+        draw: (RGB picture, result) -> picture with the result on it.
+        records: (result, image id) -> rows of a COCO results file.
+        main_metric: what chooses the best checkpoint; more is better.
+    """
+
+    name: str
+    summary: str
+    needs: tuple[str, ...]
+    heads: Mapping[str, HeadSpec]
+    steering: Steering
+    pick: Callable[[Mapping[str, Head], Round, int], Picks]
+    evaluator: Callable[[dict[str, Any], ClassMap, str], Evaluator]
+    draw: Callable[[Image.Image, Result], Image.Image]
+    records: Callable[[Result, int], list[dict[str, Any]]]
+    main_metric: str = "AP"
+
+    def make_heads(self, num_classes: int, settings: Mapping[str, Mapping[str, Any]]) -> Callable[[Sizes], list[Head]]:
+        """What a builder calls to get the heads.
+
+        Args:
+            num_classes: C.
+            settings: {head: keyword arguments}, over the task's own.
+
+        Raises:
+            ConfigError: a setting is unknown or of the wrong type.
+        """
+        unknown = set(settings) - set(self.heads)
+        if unknown:
+            name = sorted(unknown)[0]
+            raise ConfigError(f"heads.{name}: task '{self.name}' has no such head; {nearest(name, self.heads)}")
+        chosen = {
+            name: arguments(spec.type, {**spec.settings, **settings.get(name, {})}, f"heads.{name}")
+            for name, spec in self.heads.items()
+        }
+
+        def make(sizes: Sizes) -> list[Head]:
+            given = {"width": sizes.width, "num_layers": sizes.num_layers, "num_classes": num_classes}
+            return [spec.type(*(given[key] for key in spec.takes), **chosen[name]) for name, spec in self.heads.items()]
+
+        return make
+
+    def decode(self, heads: Mapping[str, Head], round: Round, sizes: Tensor, limit: int) -> tuple[Picks, dict[str, Tensor]]:
+        """Picks results of a final round and asks every head for their fields.
+
+        Args:
+            heads: of the model.
+            round: the final stage, S = 1.
+            sizes: (B,2) height and width of the original images.
+            limit: most results of an image.
+
+        Returns:
+            The picks and {field: (B,k,...)}.
+        """
+        picks = self.pick(heads, round, limit)
+        values: dict[str, Tensor] = {}
+        for name in self.heads:
+            if name in round.answers:
+                values.update(heads[name].decode(round, picks, sizes))
+        return picks, values
+
+
+def join(*tasks: Task) -> Task:
+    """One task out of several: the union of their heads, one pick, all heads' fields, metrics as `<task>/<name>`.
+
+    Raises:
+        ConfigError: a head of the same name is of another class or has other settings.
+    """
+    if len(tasks) == 1:
+        return tasks[0]
+    heads: dict[str, HeadSpec] = {}
+    for task in tasks:
+        for name, spec in task.heads.items():
+            if heads.setdefault(name, spec) != spec:
+                raise ConfigError(f"cannot join {'+'.join(t.name for t in tasks)}: head '{name}' is defined differently")
+    first = tasks[0]
+
+    def draw(picture: Image.Image, result: Result) -> Image.Image:
+        for task in tasks:
+            picture = task.draw(picture, result)
+        return picture
+
+    def records(result: Result, image_id: int) -> list[dict[str, Any]]:
+        rows = [task.records(result, image_id) for task in tasks]
+        return [{key: value for row in same for key, value in row.items()} for same in zip(*rows, strict=True)]
+
+    def evaluator(ground_truth: dict[str, Any], classes: ClassMap, backend: str) -> Evaluator:
+        return _JointEvaluator({t.name: t.evaluator(ground_truth, classes, backend) for t in tasks}, tasks)
+
+    return replace(
+        first,
+        name="+".join(t.name for t in tasks),
+        summary="; ".join(t.summary for t in tasks),
+        needs=tuple(dict.fromkeys(need for t in tasks for need in t.needs)),
+        heads=heads,
+        draw=draw,
+        records=records,
+        evaluator=evaluator,
+        main_metric="mean",
+    )
+
+
+class _JointEvaluator:
+    """Asks every task's evaluator; `mean` is the mean of their main metrics."""
+
+    def __init__(self, parts: dict[str, Evaluator], tasks: tuple[Task, ...]) -> None:
+        self.parts = parts
+        self.main = {task.name: task.main_metric for task in tasks}
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return [row for part in self.parts.values() for row in part.records]
+
+    def add(self, image_id: int, result: Result) -> None:
+        for part in self.parts.values():
+            part.add(image_id, result)
+
+    def compute(self) -> dict[str, float]:
+        metrics = {}
+        for name, part in self.parts.items():
+            metrics |= {f"{name}/{key}": value for key, value in part.compute().items()}
+        metrics["mean"] = sum(metrics[f"{name}/{main}"] for name, main in self.main.items()) / len(self.main)
+        return metrics
+
+
+def resolve_task(name: str) -> Task:
+    """The task of a name: `detection`, somebody else's `package.module`, or several joined by `+`.
+
+    A task's module holds it as `TASK`. This is the only place where a name becomes a task.
+
+    Raises:
+        ConfigError: there is no such task.
+    """
+    return join(*(_resolve_one(part) for part in name.split("+")))
+
+
+def _resolve_one(name: str) -> Task:
+    module = name if "." in name else f"queryvision.tasks.{name}"
+    try:
+        task = importlib.import_module(module).TASK
+    except ModuleNotFoundError as error:
+        if error.name and not module.startswith(error.name):
+            raise
+        raise ConfigError(f"there is no task '{name}'. Valid: {', '.join(task_names())}, or a dotted module") from error
+    except AttributeError as error:
+        raise ConfigError(f"module '{module}' holds no TASK (a queryvision.task.Task)") from error
+    return task  # type: ignore[no-any-return]
+
+
+def task_names() -> list[str]:
+    """The tasks that come with the package: the packages beside each other in `queryvision/tasks`."""
+    return sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent / "tasks")]) if m.ispkg)

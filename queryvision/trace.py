@@ -1,0 +1,127 @@
+"""The journey of an image through a model, measured by forward hooks on the running model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from queryvision.assembly import build_model, resolve
+from queryvision.config import load_config
+from queryvision.data.classes import ClassMap
+from queryvision.data.coco import open_dataset
+from queryvision.errors import ConfigError
+from queryvision.model.decoder import Decoder, DecoderLayer
+from queryvision.model.query_model import QueryModel
+from queryvision.structures import Features, ImageBatch, Memory, Queries
+from queryvision.task import resolve_task
+
+COCO_ROWS = 91
+"""Ids 0..90, as in the published checkpoints."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One line of the journey."""
+
+    part: str
+    what: str
+    shape: str
+
+
+def trace(config: str = "detr_r50_coco", image: str = "800x600", *, task: str | None = None) -> list[Step]:
+    """Runs a model of random weights on a random image and says what every part gave out.
+
+    Args:
+        config: name of a preset or a YAML file.
+        image: height x width in pixels.
+        task: where two tasks have a preset of that name.
+
+    Raises:
+        ConfigError: no such preset, or the size is no height x width.
+    """
+    height, _, width = image.lower().partition("x")
+    if not (height.isdigit() and width.isdigit() and int(height) >= 32 and int(width) >= 32):
+        raise ConfigError(f"--image {image}: write height x width in pixels, at least 32, for example 800x600")
+    chosen = load_config(task, config)
+    found = resolve_task(chosen.task)
+    settings = resolve(chosen, found)
+    if settings.data.path:
+        classes = open_dataset(settings.data.path, settings.data.train_split, found.needs).classes
+    else:
+        rows = range(COCO_ROWS)
+        classes = ClassMap(tuple(rows), tuple(str(i) for i in rows), (True,) * COCO_ROWS)
+    return trace_model(build_model(settings, found, classes), int(height), int(width))
+
+
+@torch.inference_mode()
+def trace_model(model: QueryModel, height: int, width: int) -> list[Step]:
+    """The journey of one random image through a given model."""
+    model.eval()
+    device = next(model.parameters()).device
+    pixels = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8, device=device)
+    size = torch.tensor([[height, width]], device=device)
+    images = ImageBatch(pixels, torch.zeros(1, height, width, dtype=torch.bool, device=device), False, size)
+    steps = [Step("image", "pixels", _shape(pixels))]
+    handles = []
+
+    def watch(module: nn.Module, part: str, what: str) -> None:
+        def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
+            steps.extend(Step(part, label, shape) for label, shape in _shapes(module, what, output))
+
+        handles.append(module.register_forward_hook(hook))
+
+    for module, part, what in _parts(model):
+        watch(module, part, what)
+    try:
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return steps
+
+
+def _parts(model: QueryModel) -> list[tuple[nn.Module, str, str]]:
+    """The parts worth a line, as far as this model has them."""
+    parts: list[tuple[nn.Module, str, str]] = [
+        (model.backbone, "backbone", "feature map"),
+        (model.neck, "neck", "1x1 convolution to the width of the transformer"),
+    ]
+    for name, what in (("flatten", "every cell a token, no patches"), ("positions", "2-D sine positions, added to queries and keys")):
+        if hasattr(model.encoder, name):
+            parts.append((getattr(model.encoder, name), name, what))
+    for index, layer in enumerate(getattr(model.encoder, "layers", [])):
+        parts.append((layer, f"encoder layer {index + 1}", "tokens look at all tokens"))
+    parts.append((model.encoder, "memory", "what the decoder may look at"))
+    parts.append((model.queries, "object queries", "the decoder's input, not image features"))
+    for index, layer in enumerate(model.decoder.layers):
+        parts.append((layer, f"decoder layer {index + 1}", "queries talk to each other, then look at the memory"))
+    parts.append((model.decoder, "decoder", "normed states of the last layer"))
+    parts += [(head, f"head '{name}'", "") for name, head in model.heads.items()]
+    return parts
+
+
+def _shapes(module: nn.Module, what: str, output: Any) -> list[tuple[str, str]]:
+    """(what, shape) of whatever a part gave out."""
+    if isinstance(output, Tensor):
+        return [(what, _states_shape(output) if isinstance(module, Decoder | DecoderLayer) else _shape(output))]
+    if isinstance(output, Features):
+        return [(what, _shape(level)) for level in output.maps]
+    if isinstance(output, Memory):
+        return [(what, _shape(output.tokens))]
+    if isinstance(output, Queries):
+        return [(what, _states_shape(output.states))]
+    if isinstance(output, dict):
+        return [(name, _shape(value)) for name, value in output.items()]
+    return []
+
+
+def _shape(x: Tensor) -> str:
+    return f"({','.join(map(str, x.shape))})"
+
+
+def _states_shape(states: Tensor) -> str:
+    """Query states (B,Q,1+P,D); the slot axis is left out where queries have no slots."""
+    return _shape(states[:, :, 0] if states.shape[2] == 1 else states)

@@ -1,0 +1,363 @@
+"""Reading COCO data sets: layouts, checks, annotation fields, broken images."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from queryvision.data.check import check
+from queryvision.data.coco import CocoDataset, check_same_classes, open_dataset
+from queryvision.data.images import read_image
+from queryvision.data.view import view
+from queryvision.errors import DataError
+
+REAL = Path(__file__).parents[3] / "shared" / "data"
+CATEGORIES = [{"id": 7, "name": "cat", "keypoints": ["head", "tail"]}, {"id": 3, "name": "dog"}]
+
+
+def annotation(id_: Any = 1, **changes: Any) -> dict[str, Any]:
+    base = {"id": id_, "image_id": 10, "category_id": 7, "bbox": [2, 3, 10, 8], "area": 50.0, "iscrowd": 0}
+    return {key: value for key, value in {**base, **changes}.items() if value != "absent"}
+
+
+def coco(annotations: list[Any] | None = None, categories: list[Any] | None = None) -> dict[str, Any]:
+    images = [{"id": 10, "file_name": "a.png", "width": 40, "height": 30}, {"id": 5, "file_name": "b.png", "width": 20, "height": 50}]
+    return {
+        "images": images,
+        "annotations": [annotation()] if annotations is None else annotations,
+        "categories": CATEGORIES if categories is None else categories,
+    }
+
+
+def write(root: Path, content: Any, file: str = "annotations/instances_train.json", images: str = "images") -> Path:
+    (root / file).parent.mkdir(parents=True, exist_ok=True)
+    (root / images).mkdir(parents=True, exist_ok=True)
+    (root / file).write_text(content if isinstance(content, str) else json.dumps(content))
+    for name, size in (("a.png", (40, 30)), ("b.png", (20, 50))):
+        Image.new("RGB", size, (200, 100, 50)).save(root / images / name)
+    return root
+
+
+def opened(root: Path, *annotations: Any, needs: tuple[str, ...] = (), strict: bool = False) -> CocoDataset:
+    return open_dataset(write(root, coco(list(annotations))), "train", ("labels", "boxes", *needs), strict)
+
+
+LAYOUTS = [
+    ("annotations/instances_train.json", "images", "train"),
+    ("annotations/instances_train.json", "images/train", "train"),
+    ("annotations/instances_train.json", "train", "train"),
+    ("annotations/instances_train.json", ".", "train"),
+    ("annotations/instances_train2017.json", "train2017", "train"),
+    ("annotations/instances_val2017.json", "images/val2017", "val"),
+    ("annotations/instances_val2014.json", "val2014", "val"),
+    ("train/_annotations.coco.json", "train", "train"),
+    ("valid/_annotations.coco.json", "valid", "val"),
+    ("val/_annotations.coco.json", "val", "val"),
+]
+
+
+@pytest.mark.parametrize(("file", "images", "split"), LAYOUTS)
+def test_every_layout_is_found(tmp_path: Path, file: str, images: str, split: str) -> None:
+    dataset = open_dataset(write(tmp_path, coco(), file, images), split)
+    sample = dataset.read(0)
+    assert sample.path.endswith("a.png") and sample.image.shape == (30, 40, 3)
+    assert (sample.image[0, 0] == (200, 100, 50)).all()
+    assert sample.annotations.labels.tolist() == [1]  # id 7 is the second of the ascending ids 3, 7
+    np.testing.assert_array_equal(sample.annotations.boxes, [[2, 3, 12, 11]])
+    assert len(dataset.read(1).annotations.labels) == 0  # an image without objects is an ordinary image
+    assert check(tmp_path).splits[0].split == split
+
+
+def test_keypoint_file_is_preferred_only_where_keypoints_are_needed(tmp_path: Path) -> None:
+    write(tmp_path, coco())
+    write(tmp_path, coco([annotation(keypoints=[1, 2, 2, 0, 0, 0])]), "annotations/person_keypoints_train.json")
+    assert open_dataset(tmp_path, "train").file.name == "instances_train.json"
+    assert open_dataset(tmp_path, "train", ("keypoints",)).file.name == "person_keypoints_train.json"
+
+
+def test_ambiguous_files_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, coco(), "annotations/instances_train_a.json")
+    write(tmp_path, coco(), "annotations/instances_train_b.json")
+    with pytest.raises(DataError, match="instances_train_a.json, instances_train_b.json"):
+        open_dataset(tmp_path, "train")
+
+
+def test_wrong_paths_and_files_give_one_line(tmp_path: Path) -> None:
+    write(tmp_path, coco())
+    broken = {
+        "nowhere": (tmp_path / "nowhere", "no such folder"),
+        "file": (tmp_path / "images" / "a.png", "is a file"),
+        "empty": (tmp_path / "images", "Understood: annotations/instances_train.json"),
+    }
+    for path, match in broken.values():
+        with pytest.raises(DataError, match=match) as error:
+            open_dataset(path, "train")
+        assert "\n" not in str(error.value) and str(path) in str(error.value)
+    with pytest.raises(DataError, match="it has the splits train"):
+        open_dataset(tmp_path, "val")
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "no list 'images'"),
+        ({"images": [], "categories": []}, "no list 'annotations'"),
+        ({**coco(), "annotations": {}}, "no list 'annotations'"),
+        ({**coco(), "categories": []}, "there is no category"),
+        ({**coco(), "images": []}, "there is no image"),
+        ({**coco(), "images": [{"id": 1, "file_name": "a.png", "height": 30}]}, "width None"),
+        ({**coco(), "images": [{"id": 1, "file_name": "../a.png", "height": 3, "width": 4}]}, "outside the data set"),
+        ({**coco(), "images": [{"id": 1, "file_name": "/etc/a.png", "height": 3, "width": 4}]}, "outside the data set"),
+        ({**coco(), "images": [{"id": 1, "height": 3, "width": 4}]}, "no 'file_name'"),
+    ],
+)
+def test_files_that_are_no_coco_files(tmp_path: Path, content: Any, match: str) -> None:
+    with pytest.raises(DataError, match=match):
+        open_dataset(write(tmp_path, content), "train")
+
+
+BAD = [
+    (annotation(77, bbox="absent"), "malformed bbox"),
+    (annotation(77, bbox=[1, 2, 3]), "malformed bbox"),
+    (annotation(77, bbox=[1, 2, 3, "4"]), "malformed bbox"),
+    (annotation(77, bbox=[1, 2, None, 4]), "malformed bbox"),
+    (annotation(77, bbox=[1, 2, math.nan, 4]), "bbox not finite"),
+    (annotation(77, bbox=[1, math.inf, 3, 4]), "bbox not finite"),
+    (annotation(77, bbox=[1, 2, -3, 4]), "negative width"),
+    (annotation(77, bbox=[1, 2, 3, 0]), "zero height"),
+    (annotation(77, bbox=[41, 2, 3, 4]), "box outside the image"),
+    (annotation(77, bbox=[-9, 2, 9, 4]), "box outside the image"),
+    (annotation(77, category_id=1), "unknown category"),
+    (annotation(77, category_id=None), "unknown category"),
+    (annotation(77, image_id=11), "unknown image"),
+    (annotation(77, iscrowd=2), "malformed iscrowd"),
+    (annotation(1), "duplicate annotation id"),
+    (annotation(77, keypoints=[1, 2, 2]), "wrong keypoint count"),
+    (annotation(77, category_id=3, keypoints=[1, 2, 2]), "wrong keypoint count"),
+    (annotation(77, keypoints=[1, 2, 2, 1, 2, 5]), "malformed keypoints"),
+    (annotation(77, segmentation=[[1, 2, 3, 4]]), "malformed segmentation"),
+    (annotation(77, segmentation={"size": [40, 30], "counts": "abc"}), "malformed segmentation"),
+    (annotation(77, segmentation={"size": [30, 40], "counts": [3, 4]}), "malformed segmentation"),
+    (annotation("x"), "no integer id"),
+    ("nonsense", "no integer id"),
+]
+
+
+@pytest.mark.parametrize(("bad", "kind"), BAD)
+def test_bad_annotations_are_dropped_and_named(tmp_path: Path, bad: Any, kind: str) -> None:
+    needs = ("masks", "keypoints")
+    dataset = opened(tmp_path, annotation(), bad, needs=needs)
+    assert dataset.objects.ids.tolist() == [1]
+    (problem,) = dataset.problems
+    assert problem.kind == kind and not problem.kept
+    if isinstance(bad, dict) and isinstance(bad["id"], int):
+        assert problem.annotation_id == bad["id"] and f"annotation {bad['id']}:" in str(problem)
+        assert problem.image == ("" if kind == "unknown image" else "a.png")
+    assert str(dataset.file) in str(problem)
+    assert f"1 of 2 annotations dropped: 1 {kind}; `qv data check" in (dataset.warning() or "")
+    assert [a["id"] for a in dataset.ground_truth()["annotations"]] == [1]
+    assert not check(tmp_path, needs).ok
+    with pytest.raises(DataError, match="qv data check"):
+        open_dataset(tmp_path, "train", needs, strict=True)
+
+
+def test_boxes_over_the_edge_are_clipped(tmp_path: Path) -> None:
+    dataset = opened(tmp_path, annotation(1, bbox=[-0.5, 0, 10, 10]), annotation(2, bbox=[30, 20, 20, 20]), strict=True)
+    np.testing.assert_allclose(dataset.objects.boxes, [[0, 0, 9.5, 10], [30, 20, 40, 30]])
+    assert [(p.annotation_id, p.kept) for p in dataset.problems] == [(2, True)]  # half a pixel is no news
+    assert dataset.warning() is None and check(tmp_path).ok
+    assert dataset.ground_truth()["annotations"][1]["bbox"] == [30, 20, 20, 20]  # as published
+
+
+def test_duplicate_image_id_is_reported(tmp_path: Path) -> None:
+    content = coco()
+    content["images"].append({"id": 10, "file_name": "b.png", "width": 20, "height": 50})
+    dataset = open_dataset(write(tmp_path, content), "train")
+    assert dataset.image_ids.tolist() == [10, 5] and dataset.name(0) == "a.png"
+    assert "image id 10 occurs twice" in str(dataset.problems[0])
+    assert "1 images dropped" in (dataset.warning() or "")
+
+
+def test_missing_area_and_crowd_are_filled_in(tmp_path: Path) -> None:
+    dataset = opened(tmp_path, annotation(area="absent", iscrowd="absent"))
+    assert dataset.read(0).annotations.areas.tolist() == [80]
+    (entry,) = dataset.ground_truth()["annotations"]
+    assert entry["area"] == 80 and entry["iscrowd"] == 0
+
+
+def test_crowds_become_ignore_regions(tmp_path: Path) -> None:
+    square = [[5, 5, 15, 5, 15, 15, 5, 15]]
+    crowd = annotation(2, iscrowd=1, bbox=[5, 5, 10, 10], segmentation=square)
+    dataset = opened(tmp_path, annotation(segmentation=square), crowd, needs=("masks",))
+    found = dataset.read(0).annotations
+    assert found.ids.tolist() == [1] and dataset.max_objects == 1
+    assert found.ignore_boxes.tolist() == [[5, 5, 15, 15]] and found.ignore_labels.tolist() == [1]
+    assert found.ignore_masks is not None and found.ignore_masks.sum() == 100
+    assert [a["iscrowd"] for a in dataset.ground_truth()["annotations"]] == [0, 1]
+
+
+def test_masks_from_polygons_and_both_run_lengths(tmp_path: Path) -> None:
+    inside = np.zeros((30, 40), np.uint8)
+    inside[4:9, 6:16] = 1
+    runs = coco_mask.encode(np.asfortranarray(inside))
+    flat = inside.T.ravel()
+    edges = np.flatnonzero(np.diff(flat)) + 1
+    counts = np.diff([0, *edges, flat.size]).tolist()
+    forms = [
+        [[6, 4, 16, 4, 16, 9, 6, 9]],
+        {"size": [30, 40], "counts": runs["counts"].decode()},
+        {"size": [30, 40], "counts": counts},
+        [],
+        "absent",
+    ]
+    found = opened(tmp_path, *(annotation(i, segmentation=f) for i, f in enumerate(forms)), needs=("masks",)).read(0).annotations
+    assert found.masks is not None and found.masks.shape == (5, 30, 40) and found.masks.dtype == np.uint8
+    assert found.has["masks"].tolist() == [True, True, True, False, False]
+    for i in range(3):
+        np.testing.assert_array_equal(found.masks[i], inside)
+    assert not found.masks[3:].any()
+
+
+def test_keypoints_extra_and_cover(tmp_path: Path) -> None:
+    content = coco([
+        annotation(1, keypoints=[5, 6, 2, 0, 0, 0], speed=3, pose=[1, 2]),
+        annotation(2, category_id=3, speed="fast"),
+        annotation(3, keypoints=[5, 6, 1, 7, 8, 2], pose=[1, 2, 3]),
+        annotation(4, pose=[4, 5]),
+    ])  # fmt: skip
+    content["images"][0]["covered_category_ids"] = [7]
+    dataset = open_dataset(write(tmp_path, content), "train", ("keypoints", "speed", "pose"))
+    found = dataset.read(0).annotations
+    assert found.masks is None and found.keypoints is not None and found.keypoints.shape == (4, 2, 3)
+    assert found.has["keypoints"].tolist() == [[True, False], [False, False], [True, True], [False, False]]
+    assert found.extra["speed"].tolist() == [3, 0, 0, 0] and found.has["speed"].tolist() == [True, False, False, False]
+    assert found.extra["pose"].shape == (4, 2) and found.has["pose"].tolist() == [True, False, False, True]
+    assert found.covers is not None and found.covers.tolist() == [False, True]
+    assert dataset.read(1).annotations.covers is None and dataset.read(1).annotations.keypoints.shape == (0, 2, 3)  # type: ignore[union-attr]
+    assert [p.kind for p in dataset.problems] == ["malformed speed", "malformed pose"]
+
+
+def test_needs_that_nobody_meets(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="'speed' is needed"):
+        opened(tmp_path, annotation(), needs=("speed",))
+    categories = [{"id": 7, "name": "cat"}]
+    with pytest.raises(DataError, match="no category names its 'keypoints'"):
+        open_dataset(write(tmp_path, coco(categories=categories)), "train", ("keypoints",))
+    assert "no annotation has masks" in (opened(tmp_path, annotation(), needs=("masks",)).warning() or "")
+
+
+def test_images_of_every_kind_become_rgb(tmp_path: Path) -> None:
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    gray = Image.fromarray(ramp)
+    for name, image in {
+        "gray.png": gray, "palette.png": gray.convert("P"), "alpha.png": gray.convert("LA"),
+        "deep.png": Image.fromarray(ramp.astype(np.uint16) * 257), "cmyk.tif": gray.convert("RGB").convert("CMYK"),
+    }.items():  # fmt: skip
+        image.save(tmp_path / name)
+        pixels = read_image(tmp_path / name)
+        assert pixels.shape == (16, 16, 3) and pixels.dtype == np.uint8 and pixels.flags.writeable, name
+        np.testing.assert_allclose(pixels[:, :, 1], ramp, atol=1, err_msg=name)
+
+
+def test_broken_images_are_named(tmp_path: Path) -> None:
+    dataset = opened(tmp_path, annotation())
+    noise = np.random.default_rng(0).integers(0, 255, (30, 40, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "full.jpg")
+    whole = (tmp_path / "full.jpg").read_bytes()
+    for content, match in ((whole[: len(whole) // 2], "truncated"), (b"no picture", "not an image"), (b"", "not an image")):
+        (tmp_path / "images" / "a.png").write_bytes(content)
+        with pytest.raises(DataError, match=match) as error:
+            dataset.read(0)
+        assert "a.png" in str(error.value) and "\n" not in str(error.value)
+        report = check(tmp_path)
+        assert [p.image for p in report.problems] == ["a.png"] and not report.ok
+    (tmp_path / "images" / "a.png").unlink()
+    with pytest.raises(DataError, match="'a.png' is missing; looked in"):
+        dataset.read(0)
+    assert "missing" in check(tmp_path).lines()[-2]
+
+
+def test_size_mismatch_and_rotation(tmp_path: Path) -> None:
+    dataset = opened(tmp_path, annotation())
+    Image.new("RGB", (41, 30)).save(tmp_path / "images" / "a.png")
+    with pytest.raises(DataError, match=r"is 41 x 30 .* says 40 x 30; please correct the json"):
+        dataset.read(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (30, 40)).save(tmp_path / "images" / "a.png", exif=exif)
+    with pytest.raises(DataError, match="carries an EXIF rotation"):
+        dataset.read(0)
+
+
+def test_subset_and_pickle(tmp_path: Path) -> None:
+    square = [[5, 5, 15, 5, 15, 15, 5, 15]]
+    rows = [annotation(1, segmentation=square), annotation(2, image_id=5, bbox=[1, 2, 3, 4], segmentation=square)]
+    dataset = opened(tmp_path, *rows, needs=("masks",))
+    part = pickle.loads(pickle.dumps(dataset.subset([1])))
+    assert len(part) == 1 and part.image_ids.tolist() == [5]
+    assert part.read(0).annotations.ids.tolist() == [2] and part.read(0).annotations.masks.sum() == 100
+    truth = part.ground_truth()
+    assert [i["id"] for i in truth["images"]] == [5] and [a["id"] for a in truth["annotations"]] == [2]
+    assert dataset.subset(99).image_ids.tolist() == [10, 5] and dataset.subset(1).image_ids.tolist() == [10]
+    with pytest.raises(DataError):
+        dataset.subset(0)
+
+
+def test_splits_must_agree_about_classes(tmp_path: Path) -> None:
+    write(tmp_path, coco())
+    other = [{"id": 7, "name": "cow"}, {"id": 3, "name": "dog"}]
+    write(tmp_path, coco(categories=other), "annotations/instances_val.json")
+    train, val = open_dataset(tmp_path, "train"), open_dataset(tmp_path, "val")
+    check_same_classes(train, train)
+    with pytest.raises(DataError, match="id 7 is 'cat' in instances_train.json and 'cow' in instances_val.json"):
+        check_same_classes(train, val)
+    assert any("'cow'" in line for line in check(tmp_path).lines())
+
+
+def test_roboflow_root_category_is_no_class(tmp_path: Path) -> None:
+    names = [("animals", "none"), ("cat", "animals"), ("dog", "animals")]
+    categories = [{"id": i, "name": name, "supercategory": above} for i, (name, above) in enumerate(names)]
+    write(tmp_path, coco([annotation(category_id=1)], categories), "train/_annotations.coco.json", "train")
+    assert open_dataset(tmp_path, "train").classes.names == ("cat", "dog")
+    write(tmp_path, coco([annotation(category_id=0)], categories), "train/_annotations.coco.json", "train")
+    assert open_dataset(tmp_path, "train").classes.names == ("animals", "cat", "dog")
+
+
+def test_view_writes_a_sheet(tmp_path: Path) -> None:
+    dataset = opened(tmp_path, annotation(keypoints=[5, 6, 2, 7, 8, 1]), annotation(2, iscrowd=1), needs=("keypoints",))
+    sheet = np.asarray(Image.open(view(dataset, None, tmp_path / "out" / "sheet.png", count=4)))
+    assert sheet.shape == (4 + 54, 4 + 2 * 44, 3)
+    assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 5  # more than the plain picture and the background
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "needs", "images", "kept", "crowds"),
+    [
+        ("bccd", "train", (), 205, 2804, 0),
+        ("raccoon", "val", (), 30, 34, 0),
+        ("penn_fudan", "train", ("masks",), 90, 228, 0),
+        ("coco", "val", ("masks",), 106, 928, 11),
+        ("coco", "train", ("masks", "keypoints"), 21, 122, 4),
+    ],
+)
+def test_real_data(name: str, split: str, needs: tuple[str, ...], images: int, kept: int, crowds: int) -> None:
+    if not (REAL / name).is_dir():
+        pytest.skip(f"data set {name} is not on this machine")
+    dataset = open_dataset(REAL / name, split, needs)
+    assert (len(dataset), len(dataset.objects.ids), int(dataset.objects.crowd.sum())) == (images, kept, crowds)
+    assert len(dataset.ground_truth()["annotations"]) == kept and dataset.warning() is None
+    for index in range(0, len(dataset), 10):
+        found = dataset.read(index).annotations
+        if found.masks is not None:
+            assert found.has["masks"].all()
+            # published areas are of the polygons: they and the drawn masks agree but for rounding at the edge
+            assert np.abs(found.masks.sum((1, 2)) - found.areas).max(initial=0) < 0.1 * found.areas.max(initial=100)

@@ -1,0 +1,245 @@
+"""Augmentation and resizing: geometry of everything annotated, published sizes, determinism."""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from queryvision.data.albumentations import A
+from queryvision.data.resizing import Flip, RandomCrop, ShortSide, resized_size
+from queryvision.data.transforms import EvaluationTransform, Transform, evaluation_transform, training_transform
+from queryvision.errors import ConfigError
+from queryvision.structures import Annotations, Sample
+
+PAIRS = [(0, 1)]
+
+
+def sample(seed: int = 0, n: int = 4, height: int = 60, width: int = 80, everything: bool = True) -> Sample:
+    """Filled rectangles with whole-pixel boxes; keypoints at their corners (left, right) and middle."""
+    rng = np.random.default_rng(seed)
+    low = np.stack([rng.integers(0, width - 12, n), rng.integers(0, height - 12, n)], 1)
+    high = np.minimum(low + rng.integers(6, 40, (n, 2)), (width, height))
+    boxes = np.concatenate([low, high], 1).astype(np.float32)
+    image = rng.integers(0, 255, (height, width, 3), np.uint8)
+    masks = np.zeros((n, height, width), np.uint8)
+    for mask, (x1, y1, x2, y2) in zip(masks, boxes.astype(int), strict=True):
+        mask[y1:y2, x1:x2] = 1
+    keypoints = np.stack([boxes[:, :2], boxes[:, 2:] - 1, (boxes[:, :2] + boxes[:, 2:]) // 2], 1)
+    keypoints = np.concatenate([keypoints, np.tile([2, 1, 0], (n, 1))[:, :, None]], 2).astype(np.float32)
+    keypoints[:, 2] = 0
+    found = Annotations(
+        labels=rng.integers(0, 9, n),
+        boxes=boxes,
+        areas=masks.sum((1, 2)).astype(np.float32),
+        ids=np.arange(100, 100 + n),
+        masks=masks if everything else None,
+        keypoints=keypoints if everything else None,
+        extra={"speed": np.arange(n, dtype=np.float32)},
+        has={"masks": np.ones(n, bool), "keypoints": keypoints[:, :, 2] > 0} if everything else {},
+        ignore_boxes=boxes[:1] // 2,
+        ignore_labels=np.array([5]),
+        ignore_masks=masks[:1] if everything else None,
+    )
+    if n == 0:
+        found.ignore_boxes, found.ignore_labels = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+    return Sample(image, found, image_id=3, original_size=(height, width), path="x.png")
+
+
+def bounds(mask: np.ndarray) -> list[int]:
+    columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
+    return [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+
+
+def same(a: Sample, b: Sample) -> None:
+    np.testing.assert_array_equal(a.image, b.image)
+    for name in ("labels", "ids", "masks", "ignore_masks", "ignore_labels"):
+        np.testing.assert_array_equal(getattr(a.annotations, name), getattr(b.annotations, name), err_msg=name)
+    for name in ("boxes", "keypoints", "areas", "ignore_boxes"):
+        np.testing.assert_allclose(getattr(a.annotations, name), getattr(b.annotations, name), atol=1e-3, err_msg=name)
+    assert a.annotations.has.keys() == b.annotations.has.keys()
+    for name, flags in a.annotations.has.items():
+        np.testing.assert_array_equal(flags, b.annotations.has[name], err_msg=name)
+
+
+@given(st.integers(0, 10_000), st.integers(0, 5))
+@settings(max_examples=25, deadline=None)
+def test_flipping_twice_changes_nothing(seed: int, n: int) -> None:
+    flip, before = Transform([Flip(p=1)], PAIRS), sample(seed, n)
+    once = flip(before, 1)
+    same(before, flip(once, 2))
+    np.testing.assert_array_equal(once.image, before.image[:, ::-1])
+    if n:
+        assert once.annotations.masks is not None and before.annotations.masks is not None
+        np.testing.assert_array_equal(once.annotations.masks, before.annotations.masks[:, :, ::-1])
+        np.testing.assert_allclose(once.annotations.boxes[:, 0], 80 - before.annotations.boxes[:, 2], atol=1e-4)
+
+
+def test_flip_swaps_left_and_right_keypoints() -> None:
+    before = sample()
+    after = Transform([Flip(p=1)], PAIRS)(before, 0).annotations
+    old = before.annotations.keypoints
+    assert old is not None and after.keypoints is not None
+    np.testing.assert_allclose(after.keypoints[:, 0, 0], 79 - old[:, 1, 0], atol=1e-4)  # the right one is now the left one
+    np.testing.assert_array_equal(after.keypoints[:, :2, 2], old[:, [1, 0], 2])
+    assert not after.keypoints[:, 2].any() and not after.has["keypoints"][:, 2].any()  # unlabelled stays 0, 0, 0
+
+
+def test_no_flip_while_pairs_are_unknown() -> None:
+    before = sample()
+    same(before, Transform([Flip(p=1)])(before, 0))
+    boxes_only = sample(everything=False)
+    assert (Transform([Flip(p=1)])(boxes_only, 0).image == boxes_only.image[:, ::-1]).all()
+    with pytest.raises(ConfigError, match="flip_pairs"):
+        Transform([A.OneOf([A.HorizontalFlip(p=1)], p=1)])(before, 0)
+
+
+@given(st.integers(0, 10_000), st.sampled_from(["detr", "light", "none"]), st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_everything_stays_in_step(seed: int, name: str, n: int) -> None:
+    before = sample(seed, n, height=60 + seed % 50)
+    transform = training_transform(name, 96, PAIRS)
+    after = transform(before, seed)
+    found, (height, width) = after.annotations, after.image.shape[:2]
+    assert found.masks is not None and found.keypoints is not None and found.ignore_masks is not None
+    count = len(found.labels)
+    assert found.masks.shape == (count, height, width) and found.keypoints.shape == (count, 3, 3)
+    kept = found.ids - 100
+    np.testing.assert_array_equal(found.labels, before.annotations.labels[kept])
+    np.testing.assert_array_equal(found.extra["speed"], kept)
+    assert (found.boxes[:, :2] >= 0).all() and (found.boxes[:, 2:] <= (width, height)).all()
+    assert (found.boxes[:, 2:] > found.boxes[:, :2]).all()
+    for i in range(count):
+        assert found.has["masks"][i]
+        np.testing.assert_allclose(found.boxes[i], bounds(found.masks[i]), atol=2)
+        sides = found.boxes[i, 2:] - found.boxes[i, :2]
+        assert abs(found.areas[i] - found.masks[i].sum()) <= 2 * sides.sum() + 4  # an edge of a pixel or two
+    seen = found.keypoints[:, :, 2] > 0
+    np.testing.assert_array_equal(seen, found.has["keypoints"])
+    corners = found.keypoints[seen][:, :2]
+    assert (corners >= 0).all() and (corners <= (width, height)).all()
+    # a keypoint that is still seen sits on a corner of its object's box, up to the pixel it names
+    for i, k in zip(*np.nonzero(seen), strict=True):
+        x, y = found.keypoints[i, k, :2]
+        assert np.abs(found.boxes[i, [0, 2]] - x).min() <= 3.5 and np.abs(found.boxes[i, [1, 3]] - y).min() <= 3.5
+    again = pickle.loads(pickle.dumps(transform))(before, seed)
+    same(after, again)
+
+
+def test_crop_drops_what_is_gone_and_follows_the_mask() -> None:
+    ring = np.zeros((1, 50, 50), np.uint8)
+    ring[0, 10:40, 20:24] = 1  # an L: a bar and a foot
+    ring[0, 36:40, 20:40] = 1
+    box = np.array([[20, 10, 40, 40]], np.float32)
+    found = Annotations(
+        labels=np.array([1]), boxes=box, areas=ring.sum((1, 2)).astype(np.float32), ids=np.array([1]), masks=ring,
+        has={"masks": np.array([True])}, ignore_boxes=np.array([[45, 45, 50, 50]], np.float32),
+        ignore_labels=np.array([0]), ignore_masks=np.zeros((1, 50, 50), np.uint8),
+    )  # fmt: skip
+    picture = Sample(np.zeros((50, 50, 3), np.uint8), found, 1, (50, 50))
+    upper = Transform([A.Crop(0, 0, 50, 30)])(picture, 0).annotations
+    np.testing.assert_array_equal(upper.boxes, [[20, 10, 24, 30]])  # not 40 wide: the foot is gone
+    assert upper.areas.tolist() == [80] and len(upper.ignore_boxes) == 0
+    right = Transform([A.Crop(26, 0, 50, 30)])(picture, 0).annotations
+    assert len(right.labels) == 0 and right.masks is not None and right.masks.shape == (0, 30, 24)  # box left, mask gone
+    without = replace(picture, annotations=replace(found, masks=None, ignore_masks=None, has={}))
+    clipped = Transform([A.Crop(0, 0, 50, 25)])(without, 0).annotations
+    np.testing.assert_allclose(clipped.boxes, [[20, 10, 40, 25]], atol=1e-4)
+    np.testing.assert_allclose(clipped.areas, found.areas / 2, rtol=1e-4)
+
+
+def published(size: tuple[int, int], short: int, longest: int) -> tuple[int, int]:
+    """The published procedure, in its own order (width, height) -> (height, width)."""
+    h, w = size
+    if max(w, h) / min(w, h) * short > longest:
+        short = int(round(longest * min(w, h) / max(w, h)))
+    if (w <= h and w == short) or (h <= w and h == short):
+        return h, w
+    return (int(short * h / w), short) if w < h else (short, int(short * w / h))
+
+
+@given(st.integers(200, 2000), st.integers(200, 2000), st.sampled_from([480, 512, 640, 800]))
+def test_sizes_are_the_published_ones(height: int, width: int, short: int) -> None:
+    assert resized_size((height, width), short, 1333) == published((height, width), short, 1333)
+
+
+def test_evaluation_is_the_published_resize() -> None:
+    transform = evaluation_transform(800)
+    assert (transform.short, transform.longest) == (800, 1333)
+    assert transform.output_size((480, 640)) == (800, 1066) and transform.output_size((1000, 300)) == (1333, 400)
+    before = sample(height=48, width=64)
+    after = EvaluationTransform(80, 133)(before)
+    assert after.image.shape[:2] == (80, 106) and after.original_size == (48, 64)
+    expected = Image.fromarray(before.image).resize((106, 80), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(after.image, np.asarray(expected))
+    scale = np.array([106 / 64, 80 / 48] * 2)
+    np.testing.assert_allclose(after.annotations.boxes, before.annotations.boxes * scale, rtol=1e-5)
+    np.testing.assert_allclose(after.annotations.areas, before.annotations.areas * scale[0] * scale[1], rtol=1e-4)
+    assert after.annotations.keypoints is not None and before.annotations.keypoints is not None
+    np.testing.assert_allclose(
+        after.annotations.keypoints[:, :2, :2], before.annotations.keypoints[:, :2, :2] * scale[:2], rtol=1e-5
+    )
+
+
+def test_an_object_smaller_than_a_pixel_keeps_its_box() -> None:
+    picture = sample(n=1, height=100, width=100)
+    found = picture.annotations
+    found.boxes[:] = [[50, 50, 51, 51]]
+    assert found.masks is not None
+    found.masks[:] = 0
+    found.masks[0, 50, 50] = 1
+    after = evaluation_transform(8)(picture).annotations
+    assert len(after.boxes) == 1 and after.masks is not None
+    assert after.has["masks"].tolist() == [bool(after.masks.any())]
+
+
+def test_detr_draws_from_the_published_sizes() -> None:
+    transform = training_transform("detr", 800)
+    image = np.zeros((300, 300, 3), np.uint8)
+    empty = replace(sample(n=0, everything=False), image=image)
+    shorts = Counter(min(transform(empty, seed).image.shape[:2]) for seed in range(60))
+    assert set(shorts) <= set(range(480, 801, 32)) and len(shorts) > 7
+    shapes = [transform(empty, seed).image.shape for seed in range(60)]
+    cropped = sum(shape[0] != shape[1] for shape in shapes)
+    assert 15 < cropped < 45  # half of them
+
+
+def test_steps_draw_independently() -> None:
+    """With one seed for every step, as albumentations has it, flip and crop would always go together."""
+    marker = np.zeros((64, 64, 3), np.uint8)
+    marker[:, :32] = 255
+    picture = replace(sample(n=0, everything=False), image=marker)
+    transform = Transform([Flip(p=0.5), RandomCrop(40, 40, p=0.5)])
+    seen = Counter()
+    for seed in range(80):
+        image = transform(picture, seed).image
+        seen[(image[0, 0, 0] == 0, image.shape[0] == 40)] += 1
+    assert len(seen) == 4 and min(seen.values()) > 5
+
+
+def test_more_masks_than_opencv_has_channels() -> None:
+    many = sample(n=600)
+    after = Transform([Flip(p=1), RandomCrop(50, 50), ShortSide([40])], PAIRS)(many, 3).annotations
+    assert after.masks is not None and len(after.masks) == len(after.labels) > 100
+
+
+def test_global_generators_are_left_alone() -> None:
+    import random
+
+    before: tuple[Any, Any] = (random.getstate(), np.random.get_state()[1].tolist())
+    training_transform("light", 64)(sample(everything=False), 1)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+
+
+def test_unknown_names_and_sizes() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'light'"):
+        training_transform("lihgt", 800)
+    with pytest.raises(ConfigError, match="image_size is 0"):
+        evaluation_transform(0)
