@@ -34,6 +34,8 @@ class Step:
 def trace(config: str = "detr_r50_coco", image: str = "800x600", *, task: str | None = None) -> list[Step]:
     """Runs a model of random weights on a random image and says what every part gave out.
 
+    A configuration without a data path gets COCO's classes: ids 0..90, as in the published checkpoints.
+
     Args:
         config: name of a preset or a YAML file.
         image: height x width in pixels.
@@ -43,7 +45,7 @@ def trace(config: str = "detr_r50_coco", image: str = "800x600", *, task: str | 
         ConfigError: no such preset, or the size is no height x width.
     """
     height, _, width = image.lower().partition("x")
-    if not (height.isdigit() and width.isdigit() and int(height) >= 32 and int(width) >= 32):
+    if not (height.isdecimal() and width.isdecimal() and int(height) >= 32 and int(width) >= 32):
         raise ConfigError(f"--image {image}: write height x width in pixels, at least 32, for example 800x600")
     chosen = load_config(task, config)
     found = resolve_task(chosen.task)
@@ -64,23 +66,24 @@ def trace_model(model: QueryModel, height: int, width: int) -> list[Step]:
     pixels = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8, device=device)
     size = torch.tensor([[height, width]], device=device)
     images = ImageBatch(pixels, torch.zeros(1, height, width, dtype=torch.bool, device=device), False, size)
-    steps = [Step("image", "pixels", _shape(pixels))]
+    parts = _parts(model)
+    found: list[list[Step]] = [[] for _ in parts]  # a part that contains others ends after them; the order here is that of the journey
     handles = []
 
-    def watch(module: nn.Module, part: str, what: str) -> None:
+    def watch(module: nn.Module, part: str, what: str, own: list[Step]) -> None:
         def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
-            steps.extend(Step(part, label, shape) for label, shape in _shapes(module, what, output))
+            own.extend(Step(part, label, shape) for label, shape in _shapes(module, what, output))
 
         handles.append(module.register_forward_hook(hook))
 
-    for module, part, what in _parts(model):
-        watch(module, part, what)
+    for (module, part, what), own in zip(parts, found, strict=True):
+        watch(module, part, what, own)
     try:
         model(images)
     finally:
         for handle in handles:
             handle.remove()
-    return steps
+    return [Step("image", "pixels, uint8 RGB", _shape(pixels)), *(step for own in found for step in own)]
 
 
 def _parts(model: QueryModel) -> list[tuple[nn.Module, str, str]]:

@@ -67,7 +67,8 @@ def check(path: Path | str, needs: Sequence[str] | None = None) -> Report:
 
     Args:
         path: its root folder.
-        needs: annotation fields to check; None: masks and keypoints wherever a file has them.
+        needs: annotation fields to check, in the files that training with them would read; None: every file, with masks
+            and keypoints wherever it has them.
 
     Raises:
         DataError: there is no data set, or a file of it is no COCO file.
@@ -76,6 +77,8 @@ def check(path: Path | str, needs: Sequence[str] | None = None) -> Report:
     found = layout.find_all(root)
     if not found:
         raise DataError(f"{root}: there are no annotations. Understood: {layout.LAYOUTS}")
+    if needs is not None:
+        found = [(split, layout.find_annotations(root, split, needs)) for split in dict.fromkeys(name for name, _ in found)]
     splits: list[SplitReport] = []
     problems: list[Problem] = []
     by_kind: dict[str, CocoDataset] = {}

@@ -29,7 +29,10 @@ def annotation(id_: Any = 1, **changes: Any) -> dict[str, Any]:
 
 
 def coco(annotations: list[Any] | None = None, categories: list[Any] | None = None) -> dict[str, Any]:
-    images = [{"id": 10, "file_name": "a.png", "width": 40, "height": 30}, {"id": 5, "file_name": "b.png", "width": 20, "height": 50}]
+    images = [
+        {"id": 10, "file_name": "a.png", "width": 40, "height": 30},
+        {"id": 5, "file_name": "b.png", "width": 20, "height": 50},
+    ]
     return {
         "images": images,
         "annotations": [annotation()] if annotations is None else annotations,
@@ -81,6 +84,8 @@ def test_keypoint_file_is_preferred_only_where_keypoints_are_needed(tmp_path: Pa
     write(tmp_path, coco([annotation(keypoints=[1, 2, 2, 0, 0, 0])]), "annotations/person_keypoints_train.json")
     assert open_dataset(tmp_path, "train").file.name == "instances_train.json"
     assert open_dataset(tmp_path, "train", ("keypoints",)).file.name == "person_keypoints_train.json"
+    assert [split.file.name for split in check(tmp_path, ("keypoints",)).splits] == ["person_keypoints_train.json"]
+    assert len(check(tmp_path).splits) == 2
 
 
 def test_ambiguous_files_are_refused(tmp_path: Path) -> None:
@@ -178,6 +183,16 @@ def test_boxes_over_the_edge_are_clipped(tmp_path: Path) -> None:
     assert dataset.ground_truth()["annotations"][1]["bbox"] == [30, 20, 20, 20]  # as published
 
 
+def test_annotations_may_come_in_any_order(tmp_path: Path) -> None:
+    rows = [annotation(i, image_id=(10, 5)[i % 2], area=float(i)) for i in range(6)]
+    dataset = opened(tmp_path, *rows)
+    assert [dataset.read(i).annotations.ids.tolist() for i in range(2)] == [[0, 2, 4], [1, 3, 5]]
+    assert dataset.read(1).annotations.areas.tolist() == [1, 3, 5]
+    assert {a["id"]: (a["image_id"], a["area"]) for a in dataset.ground_truth()["annotations"]} == {
+        row["id"]: (row["image_id"], row["area"]) for row in rows
+    }
+
+
 def test_duplicate_image_id_is_reported(tmp_path: Path) -> None:
     content = coco()
     content["images"].append({"id": 10, "file_name": "b.png", "width": 20, "height": 50})
@@ -219,7 +234,9 @@ def test_masks_from_polygons_and_both_run_lengths(tmp_path: Path) -> None:
         [],
         "absent",
     ]
-    found = opened(tmp_path, *(annotation(i, segmentation=f) for i, f in enumerate(forms)), needs=("masks",)).read(0).annotations
+    found = (
+        opened(tmp_path, *(annotation(i, segmentation=f) for i, f in enumerate(forms)), needs=("masks",)).read(0).annotations
+    )
     assert found.masks is not None and found.masks.shape == (5, 30, 40) and found.masks.dtype == np.uint8
     assert found.has["masks"].tolist() == [True, True, True, False, False]
     for i in range(3):

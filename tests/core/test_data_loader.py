@@ -88,13 +88,27 @@ def test_collate_pads_at_the_right_and_the_bottom() -> None:
     assert targets["speed"].tolist() == [[0, 1, 2], [0, 0, 0]]
     assert targets.has["keypoints"].shape == (2, 3, 2) and targets.has["keypoints"].sum() == 4
     assert targets.has["boxes"].tolist() == targets.valid.tolist()
-    assert targets.num_with == {"labels": (3, 1), "boxes": (3, 1), "areas": (3, 1), "masks": (3, 1), "keypoints": (3, 1), "speed": (2, 0)}
+    assert targets.num_with == {
+        "labels": (3, 1),
+        "boxes": (3, 1),
+        "areas": (3, 1),
+        "masks": (3, 1),
+        "keypoints": (3, 1),
+        "speed": (2, 0),
+    }
     assert targets.covers.tolist() == [[True] * 3] * 2 and targets.covers_all and targets.num_ignored == 0
 
 
 def test_collate_without_any_object() -> None:
     targets = collate([sample(1, 0), sample(2, 0)], 3, NEEDS).targets
-    shapes = {"labels": (2, 0), "boxes": (2, 0, 4), "areas": (2, 0), "masks": (2, 0, 40, 60), "keypoints": (2, 0, 2, 3), "speed": (2, 0)}
+    shapes = {
+        "labels": (2, 0),
+        "boxes": (2, 0, 4),
+        "areas": (2, 0),
+        "masks": (2, 0, 40, 60),
+        "keypoints": (2, 0, 2, 3),
+        "speed": (2, 0),
+    }
     assert {name: tuple(value.shape) for name, value in targets.values.items()} == shapes
     assert targets.num_with["keypoints"] == (0, 0) and targets.ignore_boxes.shape == (2, 0, 4) and targets.valid.shape == (2, 0)
     assert not collate([sample(1, 0), sample(2, 0)], 3, ()).images.padded
@@ -116,6 +130,18 @@ def test_collate_names_a_label_out_of_range() -> None:
         collate([sample(1, 1), bad], 3, ())
     with pytest.raises(ValueError, match="no 'depth'"):
         collate([sample(1, 1)], 3, ("depth",))
+
+
+def test_pinning_reaches_every_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Page-locked memory needs a GPU; here it is only counted what would be moved there."""
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    batch = collate([sample(1, 3)], 3, NEEDS)
+    assert equal(batch, batch.pin_memory())
+    targets = batch.targets
+    wanted = [batch.images.pixels, batch.images.padding, targets.valid, targets.covers, targets.ignore_boxes]
+    wanted += [*targets.values.values(), *targets.has.values()]
+    assert {id(tensor) for tensor in wanted} <= {id(tensor) for tensor in pinned}
 
 
 # ------------------------------------------------------------------------------------------------ plan

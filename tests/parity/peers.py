@@ -16,7 +16,8 @@ def give_each_parameter_its_own_gain(model: nn.Module, seed: int = 0) -> None:
             if value.ndim == 2:
                 scale = 1.0 if "query_position" in name else value.shape[1] ** -0.5
                 value.copy_(torch.randn(value.shape, generator=generator) * scale)
-            value.mul_(0.7 + 0.6 * torch.rand((), generator=generator))
+            low = 0.4 if "backbone" in name else 0.7  # features of a random ResNet would grow to hundreds
+            value.mul_(low + 0.6 * torch.rand((), generator=generator))
             if name.endswith("bias"):
                 value.add_(0.1 * torch.randn(value.shape, generator=generator))
             if "q_proj" in name or "k_proj" in name:
