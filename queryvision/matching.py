@@ -148,11 +148,13 @@ def _solve(cost: np.ndarray, finite: bool) -> tuple[np.ndarray, np.ndarray]:
 def unite(pairs: Sequence[Pairs], rounds: Sequence[Round]) -> list[Pairs]:
     """The union of the pairs that any stage of the same queries found (D-FINE, arXiv 2410.13842), for each of its stages.
 
-    A query that was given different targets keeps the one it was given most often (the lowest index where equal).
+    A query that was given different targets keeps the one it was given most often (the lowest index where equal). Selected
+    proposals are the first of the main queries; proposals of all tokens are queries of their own.
     """
-    united: dict[str, Pairs] = {}
-    for name in {r.queries for r in rounds}:
-        mine = np.concatenate([p[:, 1:] for p, r in zip(pairs, rounds, strict=True) if r.queries == name])
+    names = [(r.queries, r.proposals and r.proposal_index is None) for r in rounds]
+    united: dict[tuple[str, bool], Pairs] = {}
+    for name in set(names):
+        mine = np.concatenate([p[:, 1:] for p, other in zip(pairs, names, strict=True) if other == name])
         distinct, votes = np.unique(mine, axis=0, return_counts=True)
         order = np.lexsort((distinct[:, 2], -votes, distinct[:, 1], distinct[:, 0]))
         distinct = distinct[order]
@@ -160,8 +162,9 @@ def unite(pairs: Sequence[Pairs], rounds: Sequence[Round]) -> list[Pairs]:
         first[1:] = (distinct[1:, :2] != distinct[:-1, :2]).any(1)
         united[name] = distinct[first]
     result = []
-    for round in rounds:
-        chosen, num_stages = united[round.queries], round.shape[0]
+    for round, name in zip(rounds, names, strict=True):
+        num_stages, _, num_queries = round.shape
+        chosen = united[name][united[name][:, 1] < num_queries]  # carried queries joined after the proposals
         stages = np.repeat(np.arange(num_stages), len(chosen))[:, None]
         result.append(np.concatenate((stages, np.tile(chosen, (num_stages, 1))), 1))
     return result

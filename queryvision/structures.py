@@ -224,10 +224,10 @@ class Outputs:
 
     def final(self, queries: str = "main") -> Round:
         """The last stage of a query group as a round of its own (S = 1)."""
-        last = [r for r in self.rounds if r.queries == queries and not r.proposals]
+        last = [r for r in self.rounds if r.queries == queries and r.stages[-1].last]
         if not last:
-            raise KeyError(f"no round of queries '{queries}', only {sorted({r.queries for r in self.rounds})}")
-        round = last[-1]
+            raise KeyError(f"no last stage of queries '{queries}', only of {sorted({r.queries for r in self.rounds})}")
+        round = last[0]
         answers = {head: {name: value[-1:] for name, value in answer.items()} for head, answer in round.answers.items()}
         return replace(round, answers=answers, stages=round.stages[-1:])
 

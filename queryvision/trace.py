@@ -67,7 +67,8 @@ def trace_model(model: QueryModel, height: int, width: int) -> list[Step]:
     size = torch.tensor([[height, width]], device=device)
     images = ImageBatch(pixels, torch.zeros(1, height, width, dtype=torch.bool, device=device), False, size)
     parts = _parts(model)
-    found: list[list[Step]] = [[] for _ in parts]  # a part that contains others ends after them; the order here is that of the journey
+    # A part that contains others ends after them; the lines stand in the order of the journey.
+    found: list[list[Step]] = [[] for _ in parts]
     handles = []
 
     def watch(module: nn.Module, part: str, what: str, own: list[Step]) -> None:
@@ -92,14 +93,18 @@ def _parts(model: QueryModel) -> list[tuple[nn.Module, str, str]]:
         (model.backbone, "backbone", "feature map"),
         (model.neck, "neck", "1x1 convolution to the width of the transformer"),
     ]
-    for name, what in (("flatten", "every cell a token, no patches"), ("positions", "2-D sine positions, added to queries and keys")):
-        if hasattr(model.encoder, name):
-            parts.append((getattr(model.encoder, name), name, what))
-    for index, layer in enumerate(getattr(model.encoder, "layers", [])):
+    texts = {
+        "flatten": "every cell a token; no patches, no class token",
+        "positions": "2-D sine positions, added in attention to queries and keys, not to values",
+    }
+    parts += [(getattr(model.encoder, name), name, what) for name, what in texts.items() if hasattr(model.encoder, name)]
+    encoder_layers: Any = getattr(model.encoder, "layers", [])
+    for index, layer in enumerate(encoder_layers):
         parts.append((layer, f"encoder layer {index + 1}", "tokens look at all tokens"))
     parts.append((model.encoder, "memory", "what the decoder may look at"))
     parts.append((model.queries, "object queries", "the decoder's input, not image features"))
-    for index, layer in enumerate(model.decoder.layers):
+    decoder_layers: Any = model.decoder.layers
+    for index, layer in enumerate(decoder_layers):
         parts.append((layer, f"decoder layer {index + 1}", "queries talk to each other, then look at the memory"))
     parts.append((model.decoder, "decoder", "normed states of the last layer"))
     parts += [(head, f"head '{name}'", "") for name, head in model.heads.items()]

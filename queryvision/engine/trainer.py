@@ -200,7 +200,7 @@ class Trainer:
             self.progress.best, self.progress.best_metrics = value, metrics
             if self.accelerator.is_main_process:
                 save_checkpoint(self.folder / "best.pt", {**self.header, "model": model.state_dict(), "step": step, "metrics": metrics})
-        shown = "  ".join(f"{key} {value:.3f}" for key, value in metrics.items() if "/" not in key)
+        shown = "  ".join(f"{key} {value:.3f}" for key, value in list(metrics.items())[:6] if value >= 0)
         self.log.pause(time.perf_counter() - began)
         self.log.say(f"step {step}: {shown}")
         return {f"val/{key}": value for key, value in metrics.items()}

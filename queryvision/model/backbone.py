@@ -175,8 +175,14 @@ class TimmBackbone(Backbone):
         return self
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
-        """See `Backbone.maps`."""
-        return list(self.body(pixels))
+        """See `Backbone.maps`.
+
+        Sizes are filled up to the coarsest stride: TensorFlow's `same` padding of some models would otherwise shift the maps by a
+        pixel from one image size to the next.
+        """
+        height, width = pixels.shape[-2:]
+        stride = max(self.strides)
+        return list(self.body(F.pad(pixels, (0, -width % stride, 0, -height % stride))))
 
 
 def make_backbone(

@@ -36,10 +36,15 @@ class Denoising(nn.Module):
 
     def num_groups(self, counts: Sequence[int]) -> int:
         """G for a batch: known from the number of targets alone."""
-        return max(1, self.num_queries // max(1, max(counts, default=0)))
+        fullest = max(counts, default=0)
+        return max(1, self.num_queries // fullest) if fullest else 1
+
+    def size(self, counts: Sequence[int]) -> int:
+        """Q for a batch."""
+        return self.num_groups(counts) * max(1, max(counts, default=0)) * (1 + self.negatives)
 
     def plan(self, counts: Sequence[int]) -> DenoisingPlan:
-        """Which query starts from which target; a batch without objects still gets one VOID query, so no rank waits."""
+        """Which query starts from which target; a batch without objects still gets a VOID query, so no rank waits."""
         fullest, groups = max(1, max(counts, default=0)), self.num_groups(counts)
         signs = (True, False) if self.negatives else (True,)
         target = torch.arange(fullest)[None] * torch.ones(len(counts), 1, dtype=torch.long)
@@ -55,11 +60,7 @@ class Denoising(nn.Module):
         plan = self.plan(targets.counts)
         batch, size = plan.target.shape
         states = self.states.expand(batch, size, -1, -1)
-        noise = Noise()
-        for head in panel.heads().values():
-            said = head.noise(targets, plan, generators)
-            if said is not None:
-                noise = _merge(noise, said)
+        noise = _gather(panel, targets, plan, generators)
         if noise.content is not None:
             states = torch.cat((states[:, :, :1] + noise.content[:, :, None], states[:, :, 1:]), 2)
         pins = torch.where(plan.positive | (plan.target == VOID), plan.target, NONE)
@@ -71,14 +72,23 @@ class Denoising(nn.Module):
             positions=_append(queries.positions, None, (batch, size), 0.0),
             anchors=_append(queries.anchors, noise.anchors, (batch, size), 0.5),
             points=_append(queries.points, noise.points, (batch, size), 0.5),
+            base=_append(queries.base, noise.anchors, (batch, size), 0.5),
+            points_base=_append(queries.points_base, noise.points, (batch, size), 0.5),
         )
 
 
-def _merge(a: Noise, b: Noise) -> Noise:
-    """Contents add up; anchors and points come from the first head that gives them, points of several heads side by side."""
-    content = b.content if a.content is None else a.content if b.content is None else a.content + b.content
-    points = b.points if a.points is None else a.points if b.points is None else torch.cat((a.points, b.points), 2)
-    return Noise(content, b.anchors if a.anchors is None else a.anchors, points)
+def _gather(
+    panel: Panel, targets: Targets, plan: DenoisingPlan, generators: Sequence[torch.Generator] | None
+) -> Noise:
+    """Contents of all heads add up; anchors come from the first head that gives them; points stand side by side."""
+    told = {name: head.noise(targets, plan, generators) for name, head in panel.heads().items()}
+    said = {name: noise for name, noise in told.items() if noise is not None}
+    contents = [noise.content for noise in said.values() if noise.content is not None]
+    return Noise(
+        torch.stack(contents).sum(0) if contents else None,
+        next((noise.anchors for noise in said.values() if noise.anchors is not None), None),
+        panel.side_by_side({name: noise.points for name, noise in said.items() if noise.points is not None}),
+    )
 
 
 def _append(mine: Tensor | None, noise: Tensor | None, shape: tuple[int, int], fill: float) -> Tensor | None:

@@ -80,6 +80,7 @@ class Panel(nn.ModuleDict):
         """
         answers: dict[str, Answer] = {}
         feedback = Feedback()
+        points: dict[str, Tensor] = {}
         for name, head in self.heads().items():
             if not (self.training or stage.last or self._steers(name, stage)):
                 continue
@@ -89,8 +90,26 @@ class Panel(nn.ModuleDict):
                 continue
             answers[name] = said
             if self._steers(name, stage):
-                self._take(feedback, name, head.feedback(said, view), stage)
+                told = head.feedback(said, view)
+                self._take(feedback, name, told, stage)
+                if head.slots and told.points is not None:
+                    points[name] = told.points
+        feedback.points = self.side_by_side(points, None if look is None else look.points_base)
         return answers, feedback
+
+    def side_by_side(self, said: Mapping[str, Tensor], before: Tensor | None = None) -> Tensor | None:
+        """Points of all slots (B,Q,P,2), each head's in its own span.
+
+        Args:
+            said: {head: (B,Q,slots,2)} of those who say anything; nobody: None is returned.
+            before: (B,Q,P,2) what the others keep; None: the middle of the image.
+        """
+        if not said:
+            return None
+        like = next(iter(said.values()))
+        points = like.new_full((*like.shape[:2], self.num_slots, 2), 0.5) if before is None else before
+        parts = [said.get(name, points[:, :, span]) for name, span in self._spans.items()]
+        return torch.cat(parts, 2)
 
     def _steers(self, name: str, stage: Stage) -> bool:
         s = self.steering
@@ -104,8 +123,6 @@ class Panel(nn.ModuleDict):
             feedback.anchors = said.anchors
         if name == s.hidden:
             feedback.hidden = said.hidden
-        if self.heads()[name].slots and said.points is not None:
-            feedback.points = said.points if feedback.points is None else torch.cat((feedback.points, said.points), 2)
 
     def _view(
         self,

@@ -88,7 +88,8 @@ class SelectedQueries(nn.Module):
         assert steering.rank is not None, "selected queries need a head that ranks"
         rank = panel.heads()[steering.rank].rank(answers[steering.rank]).detach().masked_fill(~valid, -torch.inf)
         count = min(self.num_queries, rank.shape[1])
-        best = rank.topk(count, 1).indices
+        values, best = rank.topk(count, 1)
+        best = torch.where(values == -torch.inf, best[:, :1], best)  # fewer tokens than queries: the best one again
         chosen = {head: {name: _rows(value, best) for name, value in said.items()} for head, said in answers.items()}
         group = QueryGroup("main", count, sees=("main",))
         rounds = make_rounds([(Stage("proposal"), chosen)], (group,), contexts)
@@ -143,6 +144,8 @@ def carry(queries: Queries, carried: Carried) -> Queries:
         positions=insert(queries.positions, carried.positions, "positions"),
         anchors=insert(queries.anchors, carried.anchors, "anchors"),
         points=insert(queries.points, carried.points, "points"),
+        base=insert(queries.base, carried.anchors, "anchors"),
+        points_base=insert(queries.points_base, carried.points, "points"),
     )
 
 

@@ -78,8 +78,7 @@ class QueryModel(nn.Module):
         """{query group: (queries, repeats)} of a training step on images with so many targets; known beforehand."""
         groups = {"main": (self.num_queries, 1)}
         if self.denoising is not None:
-            num_groups = self.denoising.num_groups(counts)
-            groups["denoising"] = (num_groups * max(1, max(counts, default=0)), num_groups)
+            groups["denoising"] = (self.denoising.size(counts), self.denoising.num_groups(counts))
         return groups
 
     def normalise(self, images: ImageBatch) -> ImageBatch:

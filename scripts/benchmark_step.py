@@ -1,0 +1,216 @@
+"""Time and memory of DETR-R50 against a named peer, side by side in one run, interleaved.
+
+    python scripts/benchmark_step.py --peer transformers [--rounds 7] [--only training inference assignment memory]
+
+Training step: forward, loss, backward, AdamW, at 2x480x640. Inference: 1x800x1066. Assignment: costs and matching of 6 layers x
+16 images x 100 queries x 20 targets against the published way (a matrix over all images of the batch, layer by layer). Peak memory is
+that of a process of its own which does three training steps. Needs the test extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from queryvision.criterion import Criterion
+from queryvision.matching import match
+from queryvision.ops.boxes import cxcywh_to_xyxy, generalized_box_iou
+from queryvision.structures import ImageBatch, Round, Stage, Targets
+from queryvision.tasks.detection import BoxHead, LabelHead, detr_r50
+
+CLASSES = 91
+
+
+def random_targets(batch: int, count: int) -> Targets:
+    boxes = torch.cat((0.3 + 0.4 * torch.rand(batch, count, 2), 0.05 + 0.3 * torch.rand(batch, count, 2)), -1)
+    valid = torch.ones(batch, count, dtype=torch.bool)
+    counts = (count,) * batch
+    return Targets(
+        values={"labels": torch.randint(0, CLASSES, (batch, count)), "boxes": boxes},
+        counts=counts,
+        valid=valid,
+        has={"labels": valid, "boxes": valid},
+        num_with={"labels": counts, "boxes": counts},
+        covers=torch.ones(batch, CLASSES, dtype=torch.bool),
+        covers_all=True,
+        sizes=torch.full((batch, 2), 480),
+        ignore_boxes=torch.zeros(batch, 0, 4),
+    )
+
+
+def images_of(pixels: torch.Tensor) -> ImageBatch:
+    batch, _, height, width = pixels.shape
+    padding = torch.zeros(batch, height, width, dtype=torch.bool)
+    return ImageBatch(pixels, padding, False, torch.tensor([[height, width]] * batch))
+
+
+class Ours:
+    """DETR-R50 of this project."""
+
+    def __init__(self) -> None:
+        self.model = detr_r50(CLASSES)
+        self.criterion = Criterion(self.model.heads.heads(), self.model.steering)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
+
+    def train(self, pixels: torch.Tensor, targets: Targets) -> None:
+        self.model.train()
+        losses = self.criterion(self.model(images_of(pixels), targets), targets)
+        losses.total.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], 0.1)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def infer(self, pixels: torch.Tensor) -> None:
+        self.model.eval()
+        with torch.inference_mode():
+            self.model(images_of(pixels))
+
+
+class Transformers:
+    """`DetrForObjectDetection`, its default attention, losses of all layers, what it freezes frozen."""
+
+    def __init__(self) -> None:
+        from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
+
+        backbone = ResNetConfig(out_features=["stage4"])
+        self.model = DetrForObjectDetection(DetrConfig(num_labels=CLASSES, auxiliary_loss=True, backbone_config=backbone))
+        for name, parameter in self.model.model.backbone.named_parameters():
+            # As published: stem and first stage frozen. transformers 5.23 freezes all of its own ResNet, which is less work.
+            parameter.requires_grad_(any(f"stages.{i}" in name for i in (1, 2, 3)) and "normalization" not in name)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-6)
+
+    def train(self, pixels: torch.Tensor, targets: Targets) -> None:
+        self.model.train()
+        labels = [{"class_labels": c, "boxes": b} for c, b in zip(targets["labels"], targets["boxes"], strict=True)]
+        self.model(pixels, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], 0.1)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def infer(self, pixels: torch.Tensor) -> None:
+        self.model.eval()
+        with torch.inference_mode():
+            self.model(pixels)
+
+
+def interleaved(name: str, ours: Callable[[], Any], peer: Callable[[], Any], rounds: int) -> dict[str, Any]:
+    """Median milliseconds of both, measured in turns after one unmeasured turn each."""
+    times: dict[str, list[float]] = {"ours": [], "peer": []}
+    for turn in range(rounds + 1):
+        for key, work in (("ours", ours), ("peer", peer)):
+            began = time.perf_counter()
+            work()
+            if turn:
+                times[key].append(1000 * (time.perf_counter() - began))
+    a, b = statistics.median(times["ours"]), statistics.median(times["peer"])
+    spread = max((max(t) - min(t)) / statistics.median(t) for t in times.values())
+    print(f"{name:44s} ours {a:8.1f} ms   peer {b:8.1f} ms   ratio {a / b:.2f}   spread {spread:.0%}", flush=True)
+    return {"name": name, "ours_ms": a, "peer_ms": b, "ratio": a / b}
+
+
+def published_matching(logits: torch.Tensor, boxes: torch.Tensor, targets: Targets) -> None:
+    """The published way (detr:models/matcher.py), as a plain sketch: one matrix over all images, layer by layer."""
+    labels, wanted = targets["labels"].flatten(), targets["boxes"].flatten(0, 1)
+    for layer_logits, layer_boxes in zip(logits, boxes, strict=True):
+        probability, found = layer_logits.flatten(0, 1).softmax(-1), layer_boxes.flatten(0, 1)
+        giou = generalized_box_iou(cxcywh_to_xyxy(found)[:, None], cxcywh_to_xyxy(wanted)[None])
+        cost = 5 * torch.cdist(found, wanted, p=1) - probability[:, labels] - 2 * giou
+        parts = cost.view(*layer_logits.shape[:2], -1).cpu().split(list(targets.counts), -1)
+        [linear_sum_assignment(part[index]) for index, part in enumerate(parts)]
+
+
+def assignment(rounds: int) -> list[dict[str, Any]]:
+    from transformers.loss.loss_for_object_detection import HungarianMatcher
+
+    targets = random_targets(16, 20)
+    logits, boxes = torch.randn(6, 16, 100, CLASSES + 1), torch.rand(6, 16, 100, 4) * 0.4 + 0.1
+    answers = {"labels": {"logits": logits}, "boxes": {"boxes": boxes}}
+    round = Round("main", tuple(Stage("layer", i, i == 5) for i in range(6)), answers, {}, {})
+    heads = {"labels": LabelHead(8, CLASSES), "boxes": BoxHead(8)}
+    peer = HungarianMatcher(1, 5, 2)
+    rows = [{"class_labels": c, "boxes": b} for c, b in zip(targets["labels"], targets["boxes"], strict=True)]
+    results = []
+
+    def ours() -> None:
+        match([round], heads, targets)
+
+    def layer_by_layer() -> None:
+        for index in range(6):
+            peer({"logits": logits[index], "pred_boxes": boxes[index]}, rows)
+
+    for name, work in (("published way", lambda: published_matching(logits, boxes, targets)), ("transformers", layer_by_layer)):
+        results.append(interleaved(f"assignment 6x16x100x20 / {name}", ours, work, max(rounds, 15)))
+        print(f"{'':44s} {1 / results[-1]['ratio']:.1f} times faster")
+    return results
+
+
+def peak_memory(side: str) -> float:
+    """Peak resident MB of a fresh process that does three training steps."""
+    run = [sys.executable, __file__, "--child", side]
+    return float(subprocess.run(run, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def child(side: str) -> None:
+    model = Ours() if side == "ours" else Transformers()
+    pixels, targets = torch.randn(2, 3, 480, 640), random_targets(2, 8)
+    for _ in range(3):
+        model.train(pixels, targets)
+    status = Path("/proc/self/status")  # getrusage would count what the parent held when it forked
+    if status.exists():
+        print(int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 1024)  # type: ignore[index]
+    else:
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", choices=["transformers"], default="transformers")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", nargs="*", default=["training", "inference", "assignment", "memory"])
+    parser.add_argument("--json", help="write the figures there")
+    parser.add_argument("--child", choices=["ours", "peer"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        child(options.child)
+        return
+    torch.manual_seed(0)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, median of {options.rounds}, interleaved")
+    results: list[dict[str, Any]] = []
+    if {"training", "inference"} & set(options.only):
+        ours, peer = Ours(), Transformers()
+    if "training" in options.only:
+        pixels, targets = torch.randn(2, 3, 480, 640), random_targets(2, 8)
+        step = interleaved(
+            "training step 2x480x640", lambda: ours.train(pixels, targets), lambda: peer.train(pixels, targets), options.rounds
+        )
+        results.append(step)
+    if "inference" in options.only:
+        photo = torch.randn(1, 3, 800, 1066)
+        results.append(interleaved("inference 1x800x1066", lambda: ours.infer(photo), lambda: peer.infer(photo), options.rounds))
+    if "assignment" in options.only:
+        results += assignment(options.rounds)
+    if "memory" in options.only:
+        a, b = peak_memory("ours"), peak_memory("peer")
+        print(f"{'peak memory of training steps':44s} ours {a:8.0f} MB   peer {b:8.0f} MB   ratio {a / b:.2f}")
+        results.append({"name": "peak memory", "ours_mb": a, "peer_mb": b, "ratio": a / b})
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(results, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
