@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from queryvision.commands import evaluate as evaluate
     from queryvision.commands import predict as predict
     from queryvision.inference.predictor import load as load
+    from queryvision.results import Result as Result
     from queryvision.runs import train as train
-    from queryvision.structures import Result as Result
     from queryvision.trace import trace as trace
 
 _HOMES = {
@@ -30,7 +30,7 @@ _HOMES = {
     "predict": "queryvision.commands",
     "convert": "queryvision.commands",
     "trace": "queryvision.trace",
-    "Result": "queryvision.structures",
+    "Result": "queryvision.results",
 }
 __all__ = [*sorted(_HOMES), "__version__"]  # noqa: PLE0604
 

@@ -37,7 +37,9 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     name: Annotated[str | None, typer.Option(help="Of the run, a folder under OUTPUT/TASK.")] = None,
     output: Annotated[str | None, typer.Option(help="Folder of all runs.")] = None,
-    resume: Annotated[str | None, typer.Option(metavar="[RUN]", help="Go on with the newest run of this name, or with RUN.")] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="[RUN]", help="Go on with the newest run of this name, or with RUN.")
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse data with a bad annotation.")] = False,
     set_: Set = None,
     debug: Debug = False,

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from queryvision.assembly import Loaded, build_model, header, load_model, resolve
@@ -22,6 +22,7 @@ from queryvision.inference.predictor import Predictor, as_array, find_pictures
 from queryvision.runs import evaluate_model
 from queryvision.task import resolve_task
 from queryvision.weights import detr
+
 
 def evaluate(
     checkpoint: str,
@@ -77,9 +78,8 @@ def _report_classes(loaded: Loaded, dataset: CocoDataset, quiet: bool) -> None:
     """Classes are matched by name; none in common is an error, some missing are named."""
     missing = [name for name in dataset.classes.names if name not in loaded.classes.index_of_name]
     if len(missing) == len(dataset.classes):
-        raise DataError(
-            f"{dataset.file}: the model knows none of its classes ({', '.join(missing[:5])}); it knows {', '.join(loaded.classes.names[:5])} …"
-        )
+        theirs, ours = ", ".join(missing[:5]), ", ".join(loaded.classes.names[:5])
+        raise DataError(f"{dataset.file}: the model knows none of its classes ({theirs}); it knows {ours} …")
     if missing and not quiet:
         print(f"warning: the model does not know {len(missing)} classes of the data: {', '.join(missing[:10])}")
 
@@ -132,7 +132,7 @@ def predict(
     return folder
 
 
-def _readable(pictures: Sequence[Path], unread: list[str]) -> Iterator[tuple[Path, np.ndarray]]:
+def _readable(pictures: Sequence[Path], unread: list[str]) -> Iterator[tuple[Path, NDArray[Any]]]:
     """Pictures as arrays; what cannot be read is noted and left out, the others are not lost."""
     for path in pictures:
         try:

@@ -170,7 +170,7 @@ def arguments(function: Callable[..., Any], given: Mapping[str, Any], where: str
     Raises:
         ConfigError: unknown key or wrong type; `where` is named.
     """
-    target = function.__init__ if inspect.isclass(function) else function  # type: ignore[misc]
+    target = function.__init__ if inspect.isclass(function) else function
     hints = get_type_hints(target)
     keywords = [p for p in inspect.signature(target).parameters.values() if p.kind is p.KEYWORD_ONLY]
     fields: dict[str, Any] = {p.name: (hints.get(p.name, Any), ... if p.default is p.empty else p.default) for p in keywords}

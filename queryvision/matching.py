@@ -9,16 +9,18 @@ Legend: S stages, B images, Q queries, T targets.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from queryvision.head import Head
 from queryvision.structures import FREE, Match, Round, Targets
 
-Pairs = np.ndarray  # (pairs,4) int64: stage, image, query, target
+Pairs = NDArray[np.int64]  # (pairs,4) int64: stage, image, query, target
 
 
 def match(
@@ -89,10 +91,10 @@ def assign(costs: Sequence[Tensor | None], rounds: Sequence[Round], counts: Sequ
     return result
 
 
-def _assign_round(block: np.ndarray | None, round: Round, counts: Sequence[int], finite: bool) -> Pairs:
+def _assign_round(block: NDArray[Any] | None, round: Round, counts: Sequence[int], finite: bool) -> Pairs:
     num_stages, _, _ = round.shape
     pins = None if round.pins is None else round.pins.numpy()
-    found: list[np.ndarray] = []
+    found: list[NDArray[Any]] = []
     problems = [_Problem(count, None if pins is None else pins[i], round.repeats) for i, count in enumerate(counts)]
     for stage in range(num_stages):
         for image, problem in enumerate(problems):
@@ -107,14 +109,14 @@ def _assign_round(block: np.ndarray | None, round: Round, counts: Sequence[int],
 class _Problem:
     """The assignment of one image: which queries are free and which targets are left, the same at every stage."""
 
-    def __init__(self, count: int, pins: np.ndarray | None, repeats: int) -> None:
+    def __init__(self, count: int, pins: NDArray[Any] | None, repeats: int) -> None:
         self.count = count
         self.simple = pins is None and repeats == 1
         if self.simple:
             return
         self.targets = np.tile(np.arange(count), repeats)
         if pins is None:
-            self.free: np.ndarray | slice = slice(None)
+            self.free: NDArray[Any] | slice = slice(None)
             self.pinned = np.empty(0, np.int64)
             self.given = self.pinned
         else:
@@ -123,7 +125,7 @@ class _Problem:
             self.given = pins[self.pinned]
             self.targets = self.targets[~np.isin(self.targets, self.given)]
 
-    def solve(self, cost: np.ndarray | None, finite: bool) -> tuple[np.ndarray, np.ndarray]:
+    def solve(self, cost: NDArray[Any] | None, finite: bool) -> tuple[NDArray[Any], NDArray[Any]]:
         """Query and target of every pair, from the cost (Q,T)."""
         if self.simple:
             assert cost is not None
@@ -135,7 +137,7 @@ class _Problem:
         return np.concatenate((self.pinned, queries)), np.concatenate((self.given, self.targets[columns]))
 
 
-def _solve(cost: np.ndarray, finite: bool) -> tuple[np.ndarray, np.ndarray]:
+def _solve(cost: NDArray[Any], finite: bool) -> tuple[NDArray[Any], NDArray[Any]]:
     """SciPy's assignment; a cost that is not finite is dearer than any set of finite ones."""
     if not finite:
         cost = cost.astype(np.float64)
@@ -176,5 +178,5 @@ def _upload(pairs: Sequence[Pairs], rounds: Sequence[Round]) -> list[Match]:
     device = rounds[0].device
     if device.type == "cuda":
         index = index.pin_memory()
-    parts = index.to(device, non_blocking=True).split([len(p) for p in pairs], 1)
-    return [Match(*part, num_stages=round.shape[0]) for part, round in zip(parts, rounds, strict=True)]
+    parts = torch.split(index.to(device, non_blocking=True), [len(p) for p in pairs], 1)
+    return [Match(p[0], p[1], p[2], p[3], round.shape[0]) for p, round in zip(parts, rounds, strict=True)]

@@ -161,7 +161,9 @@ class _Run:
             accelerator=self.accelerator,
         )
         if resume and not self._same_classes():
-            raise CheckpointError(f"{folder / 'last.pt'}: was trained on other classes than {config.data.path or 'the scenes'} has")
+            raise CheckpointError(
+                f"{folder / 'last.pt'}: was trained on other classes than {config.data.path or 'the scenes'} has"
+            )
         progress = trainer.fit(resume)
         if self.accelerator.is_main_process:
             text = summary(self.task.name, config.model_dump(), self.steps, progress.seconds, progress.best_metrics)
@@ -178,7 +180,8 @@ class _Run:
         epochs = self.steps / self.steps_per_epoch
         print(
             f"{self.task.name}: {len(self.train_data)} training and {len(self.val_data)} validation images, "
-            f"{len(self.classes)} classes, {parameters:.1f} M parameters, {self.steps} steps ({epochs:.1f} epochs) -> {self.folder}"
+            f"{len(self.classes)} classes, {parameters:.1f} M parameters, "
+            f"{self.steps} steps ({epochs:.1f} epochs) -> {self.folder}"
         )
         if self.train_data.max_objects > model.num_queries:
             print(
@@ -240,6 +243,11 @@ def evaluate_model(
     """Metrics of a model on a data set with the settings of a configuration."""
     settings = config.evaluation
     batches = evaluation_loader(
-        data, evaluation_transform(config.data.image_size), len(data.classes), task.needs, settings.batch_size, config.data.workers
+        data,
+        evaluation_transform(config.data.image_size),
+        len(data.classes),
+        task.needs,
+        settings.batch_size,
+        config.data.workers,
     )
     return evaluate(model, task, classes, batches, data.ground_truth(), settings.max_results, backend or settings.evaluator)

@@ -7,15 +7,14 @@ D width, C classes, K keypoints, R ignore regions. Sizes are height x width. Box
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-
-from queryvision.data.classes import ClassMap
 
 FREE, NONE, VOID = -1, -2, -3
 """Pins that are no target's index: wants a match; taught as background; padding (no loss, seen by nobody)."""
@@ -29,18 +28,18 @@ Answer = dict[str, Tensor]
 class Annotations:
     """The checked annotations of one image, crowd regions apart (n objects, r regions), in pixels of `Sample.image`."""
 
-    labels: np.ndarray  # (n,) int64, contiguous class index 0..C-1
-    boxes: np.ndarray  # (n,4) float32, x1 y1 x2 y2
-    areas: np.ndarray  # (n,) float32, the annotation's own area (of the segment, where there is one)
-    ids: np.ndarray  # (n,) int64, annotation ids
-    masks: np.ndarray | None = None  # (n,H,W) uint8 0/1; None: not asked for
-    keypoints: np.ndarray | None = None  # (n,K,3) float32 x, y, visibility (0 unlabelled, 1 hidden, 2 visible)
-    extra: dict[str, np.ndarray] = field(default_factory=dict)  # {key: (n,...) float32} further keys of the annotations
-    has: dict[str, np.ndarray] = field(default_factory=dict)  # {field: (n,) or (n,K) bool}; a missing field: all True
-    ignore_boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.float32))  # (r,4) x1 y1 x2 y2
-    ignore_labels: np.ndarray = field(default_factory=lambda: np.zeros((0,), np.int64))  # (r,)
-    ignore_masks: np.ndarray | None = None  # (r,H,W) uint8 0/1
-    covers: np.ndarray | None = None  # (C,) bool: the classes the annotations speak about; None: all
+    labels: NDArray[Any]  # (n,) int64, contiguous class index 0..C-1
+    boxes: NDArray[Any]  # (n,4) float32, x1 y1 x2 y2
+    areas: NDArray[Any]  # (n,) float32, the annotation's own area (of the segment, where there is one)
+    ids: NDArray[Any]  # (n,) int64, annotation ids
+    masks: NDArray[Any] | None = None  # (n,H,W) uint8 0/1; None: not asked for
+    keypoints: NDArray[Any] | None = None  # (n,K,3) float32 x, y, visibility (0 unlabelled, 1 hidden, 2 visible)
+    extra: dict[str, NDArray[Any]] = field(default_factory=dict)  # {key: (n,...) float32} further keys of the annotations
+    has: dict[str, NDArray[Any]] = field(default_factory=dict)  # {field: (n,) or (n,K) bool}; a missing field: all True
+    ignore_boxes: NDArray[Any] = field(default_factory=lambda: np.zeros((0, 4), np.float32))  # (r,4) x1 y1 x2 y2
+    ignore_labels: NDArray[Any] = field(default_factory=lambda: np.zeros((0,), np.int64))  # (r,)
+    ignore_masks: NDArray[Any] | None = None  # (r,H,W) uint8 0/1
+    covers: NDArray[Any] | None = None  # (C,) bool: the classes the annotations speak about; None: all
 
     @classmethod
     def empty(cls) -> Annotations:
@@ -53,7 +52,7 @@ class Annotations:
 class Sample:
     """One image and what is known about it."""
 
-    image: np.ndarray  # (H,W,3) uint8 RGB
+    image: NDArray[Any]  # (H,W,3) uint8 RGB
     annotations: Annotations
     image_id: int
     original_size: tuple[int, int]  # height, width of the file's image
@@ -284,58 +283,3 @@ class Picks:
     queries: Tensor  # (B,k) int64
     classes: Tensor  # (B,k) int64
     scores: Tensor  # (B,k) float32
-
-
-@dataclass
-class Result:
-    """What the model says about one image, best first, in pixels of the original image."""
-
-    scores: Tensor  # (k,)
-    labels: Tensor  # (k,) int64 contiguous class index; `names` are their names
-    classes: ClassMap
-    size: tuple[int, int]  # height, width of the original image
-    values: Mapping[str, Tensor]  # {field: (k,...)}: boxes (k,4) x1 y1 x2 y2, masks (k,H,W) bool, keypoints (k,K,3)
-    path: str = ""
-
-    def __len__(self) -> int:
-        """Number of objects."""
-        return len(self.scores)
-
-    def __getattr__(self, name: str) -> Tensor:
-        """A field of `values`: `result.boxes`, `result.masks` ..."""
-        values = self.__dict__.get("values", {})
-        if name in values:
-            return values[name]
-        raise AttributeError(f"this result holds {['scores', 'labels', 'names', *values]}, no '{name}'")
-
-    @property
-    def names(self) -> list[str]:
-        """The class name of each object."""
-        return [self.classes.names[i] for i in self.labels.tolist()]
-
-    def above(self, threshold: float) -> Result:
-        """Only the objects with a score of at least `threshold`."""
-        keep = self.scores >= threshold
-        values = {name: value[keep] for name, value in self.values.items()}
-        return replace(self, scores=self.scores[keep], labels=self.labels[keep], values=values)
-
-    def to_supervision(self) -> Any:
-        """As `supervision.Detections`.
-
-        Raises:
-            ImportError: `supervision` is not installed.
-        """
-        try:
-            import supervision
-        except ImportError as error:
-            raise ImportError("to_supervision() needs the package: pip install supervision") from error
-        if "boxes" not in self.values:
-            raise AttributeError(f"supervision needs boxes; this result holds {list(self.values)}")
-        masks = self.values.get("masks")
-        return supervision.Detections(
-            xyxy=self.values["boxes"].cpu().numpy(),
-            mask=None if masks is None else masks.cpu().numpy().astype(bool),
-            confidence=self.scores.cpu().numpy(),
-            class_id=self.labels.cpu().numpy(),
-            data={"class_name": np.array(self.names)},
-        )

@@ -12,11 +12,12 @@ from typing import Any, Protocol
 from PIL import Image
 from torch import Tensor
 
-from queryvision.data.classes import ClassMap
 from queryvision.config import arguments
+from queryvision.data.classes import ClassMap
 from queryvision.errors import ConfigError, nearest
 from queryvision.head import Head, Sizes, Steering
-from queryvision.structures import Picks, Result, Round
+from queryvision.results import Result
+from queryvision.structures import Picks, Round
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,9 @@ class HeadSpec:
 class Evaluator(Protocol):
     """Collects results and turns them into metrics."""
 
-    records: list[dict[str, Any]]
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """Rows of a COCO results file, of all results so far."""
 
     def add(self, image_id: int, result: Result) -> None:
         """Takes the whole result of one image, without a threshold."""
@@ -175,7 +178,7 @@ class _JointEvaluator:
             part.add(image_id, result)
 
     def compute(self) -> dict[str, float]:
-        metrics = {}
+        metrics: dict[str, float] = {}
         for name, part in self.parts.items():
             metrics |= {f"{name}/{key}": value for key, value in part.compute().items()}
         metrics["mean"] = sum(metrics[f"{name}/{main}"] for name, main in self.main.items()) / len(self.main)

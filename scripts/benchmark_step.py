@@ -3,8 +3,8 @@
     python scripts/benchmark_step.py --peer transformers [--rounds 7] [--only training inference assignment memory]
 
 Training step: forward, loss, backward, AdamW, at 2x480x640. Inference: 1x800x1066. Assignment: costs and matching of 6 layers x
-16 images x 100 queries x 20 targets against the published way (a matrix over all images of the batch, layer by layer). Peak memory is
-that of a process of its own which does three training steps. Needs the test extra.
+16 images x 100 queries x 20 targets against the published way (a matrix over all images, layer by layer). Peak memory is that
+of a process of its own which does three training steps. Needs the test extra.
 """
 
 from __future__ import annotations
@@ -200,7 +200,9 @@ def main() -> None:
         results.append(step)
     if "inference" in options.only:
         photo = torch.randn(1, 3, 800, 1066)
-        results.append(interleaved("inference 1x800x1066", lambda: ours.infer(photo), lambda: peer.infer(photo), options.rounds))
+        results.append(
+            interleaved("inference 1x800x1066", lambda: ours.infer(photo), lambda: peer.infer(photo), options.rounds)
+        )
     if "assignment" in options.only:
         results += assignment(options.rounds)
     if "memory" in options.only:

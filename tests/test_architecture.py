@@ -39,7 +39,9 @@ def naming_errors(files: list[Path]) -> list[str]:
     errors = []
     for path in files:
         tree = ast.parse(path.read_text())
-        documentation = {id(d) for n in ast.walk(tree) if isinstance(n, ast.Expr) for d in [n.value] if isinstance(d, ast.Constant)}
+        documentation = {
+            id(d) for n in ast.walk(tree) if isinstance(n, ast.Expr) for d in [n.value] if isinstance(d, ast.Constant)
+        }
         for node in ast.walk(tree):
             words = []
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation:

@@ -86,7 +86,9 @@ class ClassMap:
                 if id_ in self.index_of_id:
                     mine = self.names[self.index_of_id[id_]]
                     raise ConfigError(f"class id {id_} is '{mine}' in one data set and '{name}' in the other; renumber one")
-                ids.append(id_), names.append(name), things.append(thing)
+                ids.append(id_)
+                names.append(name)
+                things.append(thing)
             elif (self.ids[known], self.things[known]) != (id_, thing):
                 raise ConfigError(f"class '{name}' is defined differently (id {self.ids[known]} and {id_}, or thing and stuff)")
         return ClassMap(tuple(ids), tuple(names), tuple(things))

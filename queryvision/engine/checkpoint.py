@@ -35,7 +35,9 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {str(error).splitlines()[0]}; the checkpoint before it is untouched") from error
+        raise CheckpointError(
+            f"cannot write {path}: {str(error).splitlines()[0]}; the checkpoint before it is untouched"
+        ) from error
 
 
 def read_file(path: str | Path, allowed: list[Any] | None = None) -> Any:
@@ -71,6 +73,6 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         keys = list(content)[:4] if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(
-            f"{path}: is no queryvision checkpoint (it holds {keys}); published weights are read by `qv convert FILE --from FAMILY`"
+            f"{path}: is no queryvision checkpoint (it holds {keys}); published ones: `qv convert FILE --from FAMILY`"
         )
     return content

@@ -10,7 +10,8 @@ import torch
 from queryvision.data.classes import ClassMap
 from queryvision.data.loader import ImageInfo
 from queryvision.model.query_model import QueryModel
-from queryvision.structures import Batch, ImageBatch, Result
+from queryvision.results import Result
+from queryvision.structures import Batch, ImageBatch
 from queryvision.task import Evaluator, Task
 
 

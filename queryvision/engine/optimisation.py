@@ -54,8 +54,8 @@ def lr_factor(
     Args:
         step: counted from 0.
         steps: of the whole run.
-        schedule: `cosine`: flat for `flat` of all steps, then down to `final` of the rate; `step`: a tenth after `drop_at` of all
-            steps (DETR); `flat`.
+        schedule: `cosine`: flat for `flat` of all steps, then down to `final` of the rate; `step`: a tenth after `drop_at`
+            of all steps (DETR); `flat`.
         warmup: steps over which it rises linearly.
         flat: see `schedule`.
         final: see `schedule`.

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -192,14 +192,16 @@ class Trainer:
     def _evaluate(self, step: int) -> Metrics:
         """Metrics of the averaged weights; the best so far are kept in `best.pt`."""
         began = time.perf_counter()
-        model = self.plain if self.average is None else self.average.model
+        model = self.plain if self.average is None else cast(QueryModel, self.average.model)
         with torch.random.fork_rng():
             metrics = self.evaluate(model)
         value = metrics.get(self.main_metric, 0.0)
         if self.progress.best is None or value > self.progress.best:
             self.progress.best, self.progress.best_metrics = value, metrics
             if self.accelerator.is_main_process:
-                save_checkpoint(self.folder / "best.pt", {**self.header, "model": model.state_dict(), "step": step, "metrics": metrics})
+                save_checkpoint(
+                    self.folder / "best.pt", {**self.header, "model": model.state_dict(), "step": step, "metrics": metrics}
+                )
         shown = "  ".join(f"{key} {value:.3f}" for key, value in list(metrics.items())[:6] if value >= 0)
         self.log.pause(time.perf_counter() - began)
         self.log.say(f"step {step}: {shown}")
@@ -214,7 +216,10 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "step": p.step,
             "metrics": p.best_metrics,
-            "rng": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []},
+            "rng": {
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            },
             "log": {"seconds": p.seconds, "best": p.best, "skipped": p.skipped, "sums": p.sums},
         }
         if self.average is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from queryvision.data.classes import ClassMap
 from queryvision.errors import DataError
 from queryvision.evaluation.coco_metrics import Array, Backend, Kind, Record, detection_limit, evaluate, resolve
-from queryvision.structures import Result
+from queryvision.results import Result
 
 __all__ = ["CocoEvaluator", "ImageDetections", "category_ids", "coco_records", "evaluate"]
 

@@ -9,6 +9,7 @@ from typing import Any, overload
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from queryvision.assembly import Loaded, load_model
@@ -18,9 +19,10 @@ from queryvision.data.loader import collate
 from queryvision.data.transforms import evaluation_transform
 from queryvision.engine.evaluation import results_of
 from queryvision.errors import DataError
-from queryvision.structures import Annotations, Result, Sample
+from queryvision.results import Result
+from queryvision.structures import Annotations, Sample
 
-Picture = str | Path | Image.Image | np.ndarray
+Picture = str | Path | Image.Image | NDArray[Any]
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
@@ -51,7 +53,7 @@ class Predictor:
         return self.loaded.classes
 
     @overload
-    def predict(self, source: Picture, threshold: float = ...) -> Result: ...
+    def predict(self, source: Picture, threshold: float = ...) -> Result: ...  # type: ignore[overload-overlap]  # str is a Sequence
 
     @overload
     def predict(self, source: Sequence[Picture], threshold: float = ...) -> list[Result]: ...
@@ -101,7 +103,7 @@ class Predictor:
         return [result.above(threshold) for result in results]
 
 
-def as_array(source: Picture) -> np.ndarray:
+def as_array(source: Picture) -> NDArray[Any]:
     """A picture as an RGB array (H,W,3) uint8.
 
     Raises:

@@ -6,6 +6,7 @@ Legend: B images, L levels, C_l channels of a level.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import timm
 import torch
@@ -96,8 +97,9 @@ class ResNet(Backbone):
         self.to(memory_format=torch.channels_last)
 
     def _width(self, stage: int) -> int:
-        block = self.body[f"layer{stage}"][-1]
-        return int((block.conv3 if hasattr(block, "conv3") else block.conv2).out_channels)
+        block = cast(nn.Sequential, self.body[f"layer{stage}"])[-1]
+        last = cast(nn.Conv2d, block.conv3 if hasattr(block, "conv3") else block.conv2)
+        return last.out_channels
 
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
         """The stem, then the four stages."""
@@ -107,19 +109,19 @@ class ResNet(Backbone):
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
         """See `Backbone.maps`."""
-        x = F.relu(conv_norm(self.body["conv1"], self.body["bn1"], pixels), inplace=True)
+        x = F.relu(conv_norm(cast(nn.Conv2d, self.body["conv1"]), self.body["bn1"], pixels), inplace=True)
         x = F.max_pool2d(x, 3, 2, 1)
         maps = []
         for stage in range(1, max(self.levels) + 1):
-            for block in self.body[f"layer{stage}"]:
+            for block in cast(nn.Sequential, self.body[f"layer{stage}"]):
                 x = _residual(block, x)
             if stage in self.levels:
                 maps.append(x)
         return maps
 
 
-def _residual(block: nn.Module, x: Tensor) -> Tensor:
-    """torchvision's BasicBlock or Bottleneck with `conv_norm`."""
+def _residual(block: Any, x: Tensor) -> Tensor:
+    """Torchvision's BasicBlock or Bottleneck with `conv_norm`."""
     steps = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
     if hasattr(block, "conv3"):
         steps.append((block.conv3, block.bn3))
@@ -143,15 +145,18 @@ class TimmBackbone(Backbone):
     def __init__(self, name: str, strides: Sequence[int] = (32,), freeze_norm: bool = True) -> None:
         super().__init__()
         if not timm.is_model(name):
-            raise ConfigError(f"there is no backbone '{name}' in timm; {nearest(name, timm.list_models(name[:4] + '*') or ['resnet50'])}")
-        body = timm.create_model(name, features_only=True, pretrained=False)
-        reductions = body.feature_info.reduction()
+            raise ConfigError(
+                f"there is no backbone '{name}' in timm; {nearest(name, timm.list_models(name[:4] + '*') or ['resnet50'])}"
+            )
+        body: Any = timm.create_model(name, features_only=True, pretrained=False)
+        reductions: list[int] = body.feature_info.reduction()
+        channels: list[int] = body.feature_info.channels()
         missing = set(strides) - set(reductions)
         if missing:
             raise ConfigError(f"backbone '{name}' has no level of stride {sorted(missing)}, only {reductions}")
         keep = tuple(reductions.index(stride) for stride in strides)
         self.body = timm.create_model(name, features_only=True, pretrained=False, out_indices=keep)
-        self.channels = tuple(self.body.feature_info.channels())
+        self.channels = tuple(channels[index] for index in keep)
         self.strides = tuple(strides)
         config = timm.get_pretrained_cfg(name)
         if config is not None:
@@ -177,8 +182,8 @@ class TimmBackbone(Backbone):
     def maps(self, pixels: Tensor) -> list[Tensor]:
         """See `Backbone.maps`.
 
-        Sizes are filled up to the coarsest stride: TensorFlow's `same` padding of some models would otherwise shift the maps by a
-        pixel from one image size to the next.
+        Sizes are filled up to the coarsest stride: TensorFlow's `same` padding of some models would otherwise shift the maps
+        by a pixel from one image size to the next.
         """
         height, width = pixels.shape[-2:]
         stride = max(self.strides)
@@ -207,4 +212,8 @@ def make_backbone(
 
 
 def _resnets() -> list[str]:
-    return [n for n in torchvision.models.list_models(module=torchvision.models) if n.startswith(("resnet", "resnext", "wide_resnet"))]
+    return [
+        n
+        for n in torchvision.models.list_models(module=torchvision.models)
+        if n.startswith(("resnet", "resnext", "wide_resnet"))
+    ]

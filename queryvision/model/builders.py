@@ -20,7 +20,6 @@ from queryvision.model.neck import Projection
 from queryvision.model.queries import LearnedQueries
 from queryvision.model.query_model import QueryModel
 
-
 HeadParts = Sequence[Head] | Callable[[Sizes], Sequence[Head]]
 """Heads, or what makes them once the builder says what they must fit."""
 

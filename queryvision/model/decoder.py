@@ -149,7 +149,7 @@ class Decoder(nn.Module):
             The last layer's states (B,Q,1+P,D), normed.
         """
         look = Look(memory, memory.tokens + memory.positions, unseen=unseen)
-        look = replace(look, **_anchored(queries.anchors, queries.points, queries.base, queries.points_base))
+        look = _around(look, queries.anchors, queries.points, queries.base, queries.points_base)
         states = normed = queries.states
         if self.initial:
             look = steer(look, ask(Stage("initial"), self.norm(states), states, look))
@@ -169,15 +169,14 @@ def steer(look: Look, feedback: Feedback) -> Look:
     points = look.points if feedback.points is None else feedback.points
     base = look.base if feedback.anchors is None else feedback.anchors
     points_base = look.points_base if feedback.points is None else feedback.points
-    return replace(look, hidden=feedback.hidden, **_anchored(anchors, points, base, points_base))
+    return _around(replace(look, hidden=feedback.hidden), anchors, points, base, points_base)
 
 
-def _anchored(
-    anchors: Tensor | None, points: Tensor | None, base: Tensor | None, points_base: Tensor | None
-) -> dict[str, Tensor | None]:
-    return {
-        "anchors": None if anchors is None else anchors.detach(),
-        "points": None if points is None else points.detach(),
-        "base": anchors if base is None else base,
-        "points_base": points if points_base is None else points_base,
-    }
+def _around(look: Look, anchors: Tensor | None, points: Tensor | None, base: Tensor | None, points_base: Tensor | None) -> Look:
+    return replace(
+        look,
+        anchors=None if anchors is None else anchors.detach(),
+        points=None if points is None else points.detach(),
+        base=anchors if base is None else base,
+        points_base=points if points_base is None else points_base,
+    )

@@ -77,9 +77,7 @@ class Denoising(nn.Module):
         )
 
 
-def _gather(
-    panel: Panel, targets: Targets, plan: DenoisingPlan, generators: Sequence[torch.Generator] | None
-) -> Noise:
+def _gather(panel: Panel, targets: Targets, plan: DenoisingPlan, generators: Sequence[torch.Generator] | None) -> Noise:
     """Contents of all heads add up; anchors come from the first head that gives them; points stand side by side."""
     told = {name: head.noise(targets, plan, generators) for name, head in panel.heads().items()}
     said = {name: noise for name, noise in told.items() if noise is not None}

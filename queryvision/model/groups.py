@@ -82,7 +82,8 @@ def _alike(entries: Sequence[Entry]) -> list[list[Entry]]:
 def _stack(entries: Sequence[Entry], group: QueryGroup, contexts: Mapping[str, Any], final: dict[str, Answer]) -> Round:
     first = entries[0][1]
     answers = {
-        head: {name: torch.stack([said[head][name] for _, said in entries]) for name in answer} for head, answer in first.items()
+        head: {name: torch.stack([said[head][name] for _, said in entries]) for name in answer}
+        for head, answer in first.items()
     }
     round = Round(
         queries=group.name,

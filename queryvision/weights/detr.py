@@ -1,7 +1,7 @@
 """Reader of the checkpoints of facebookresearch/detr (a dict with `model`): R50, R101, and their DC5 variants.
 
-The core's keys are mapped here; a head maps its own (`Head.published`). All 92 rows of the classifier are kept: ids 0..90 of COCO
-and no-object; leaving some out would change the softmax.
+The core's keys are mapped here; a head maps its own (`Head.published`). All 92 rows of the classifier are kept: ids 0..90 of
+COCO and no-object; leaving some out would change the softmax.
 """
 
 from __future__ import annotations
@@ -50,7 +50,11 @@ def read(source: str, dc5: bool | None = None) -> dict[str, Any]:
     state = content.get("model") if isinstance(content, dict) else None
     needed = ("class_embed.weight", "query_embed.weight", "transformer.decoder.norm.weight", "backbone.0.body.conv1.weight")
     if not isinstance(state, dict) or any(key not in state for key in needed):
-        hint = " (a panoptic one: its box model is under `detr.`)" if isinstance(state, dict) and "detr.query_embed.weight" in state else ""
+        hint = (
+            " (a panoptic one: its box model is under `detr.`)"
+            if isinstance(state, dict) and "detr.query_embed.weight" in state
+            else ""
+        )
         raise CheckpointError(f"{source}: is no box checkpoint of facebookresearch/detr: it lacks `model` or {needed[0]}{hint}")
     deep = any(".layer3.22." in key for key in state)
     dilated = "dc5" in Path(source).name.lower() if dc5 is None else dc5

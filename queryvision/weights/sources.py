@@ -1,4 +1,4 @@
-"""Where pretrained weights come from: torchvision, timm, a package, a file or a URL. Nothing is fetched without being asked for."""
+"""Where pretrained weights come from: torchvision, timm, a package, a file or a URL; nothing is fetched unasked."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _state(name: str, source: str) -> dict[str, Tensor]:
 
 
 def _default_weights(name: str) -> str:
-    """torchvision's first ImageNet weights of a ResNet, those of the published DETR."""
+    """Torchvision's first ImageNet weights of a ResNet, those of the published DETR."""
     return str(torchvision.models.get_model_weights(name)["IMAGENET1K_V1"])
 
 

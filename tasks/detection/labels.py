@@ -99,7 +99,7 @@ class LabelHead(Head):
         return {"class": loss.sum((1, 2, 3)) / facts.normaliser}
 
     def _taught(self, round: Round, match: Match, targets: Targets, facts: Facts, like: Tensor) -> Tensor:
-        """How much each query is taught, (S,B,Q): not in padding, nor background in an ignore region, nor where nobody knows."""
+        """How much each query is taught, (S,B,Q): not in padding, no background in an ignore region, no unknown label."""
         weights = like.new_ones(like.shape[:-1])
         if facts.ignored is not None:
             weights = weights.masked_fill(facts.ignored, 0.0)

@@ -11,7 +11,8 @@ from queryvision.data.classes import ClassMap
 from queryvision.evaluation.coco import CocoEvaluator, coco_records
 from queryvision.head import Head
 from queryvision.inference.drawing import color_of, draw_boxes
-from queryvision.structures import Picks, Result, Round
+from queryvision.results import Result
+from queryvision.structures import Picks, Round
 from queryvision.task import Evaluator, HeadSpec, Task
 from queryvision.tasks.detection.boxes import BoxHead
 from queryvision.tasks.detection.labels import LabelHead
@@ -32,7 +33,7 @@ def _draw(picture: Image.Image, result: Result) -> Image.Image:
 
 
 def _records(result: Result, image_id: int) -> list[dict[str, Any]]:
-    return coco_records(result, image_id, "bbox", result.classes.ids)
+    return coco_records(result, image_id, "bbox", dict(enumerate(result.classes.ids)))
 
 
 TASK = Task(

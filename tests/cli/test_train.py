@@ -34,7 +34,7 @@ def test_a_run_leaves_everything_in_its_folder(scenes: Path, tmp_path: Path, qv:
     assert {"AP", "AP50", "AP75", "APs", "APm", "APl", "AP/ball"} <= set(text["metrics"])
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["model"]["width"] == 32 and config["heads"]["boxes"]["giou"] == 2.0
-    rows = list(csv.DictReader(open(folder / "metrics.csv")))
+    rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
     assert [int(r["step"]) for r in rows] == [2, 4, 6, 8, 10, 12]
     assert {"loss", "loss/labels.class", "loss/boxes.l1", "loss/boxes.giou", "val/AP"} <= set(rows[-1])
     assert "12/12" in done.stdout and "images/s" in done.stdout
@@ -96,5 +96,5 @@ def test_the_loss_falls_on_real_data(name: str, real_data, tmp_path: Path) -> No
         "detection", data=str(real_data(name)), steps=40, batch_size=4, image_size=128, output=str(tmp_path),
         settings=["train.eval_every=40", "train.log_every=10", "evaluation.pictures=2", "train.warmup=0"],
     )  # fmt: skip
-    losses = [float(row["loss"]) for row in csv.DictReader(open(folder / "metrics.csv"))]
+    losses = [float(row["loss"]) for row in csv.DictReader((folder / "metrics.csv").read_text().splitlines())]
     assert losses[-1] < 0.95 * losses[0], losses

@@ -16,7 +16,7 @@ from queryvision.data.classes import ClassMap
 from queryvision.errors import ConfigError, DataError
 from queryvision.evaluation import CocoEvaluator, coco_records, evaluate
 from queryvision.evaluation import coco_metrics as metrics
-from queryvision.structures import Result
+from queryvision.results import Result
 
 HEIGHT, WIDTH = 240, 320
 IDS = (3, 7, 50, 51, 90)  # sparse; the last has no ground truth

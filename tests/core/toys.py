@@ -76,9 +76,7 @@ def tiny_model(
     """A narrow dense DETR without dropout; `two_stage` selects its queries from the memory and places them by anchors."""
     backbone = backbone or TinyBackbone()
     slots = sum(head.slots for head in heads)
-    make = [
-        DecoderLayer(WIDTH, 4, DenseCrossAttention(WIDTH, 4, 0.0), 2 * WIDTH, 0.0, slots=slots > 0) for _ in range(layers)
-    ]
+    make = [DecoderLayer(WIDTH, 4, DenseCrossAttention(WIDTH, 4, 0.0), 2 * WIDTH, 0.0, slots=slots > 0) for _ in range(layers)]
     queries = SelectedQueries if two_stage else LearnedQueries
     model = QueryModel(
         backbone,

@@ -25,7 +25,8 @@ from queryvision.weights import detr as reader
 def ours(peer: torch.nn.Module, num_classes: int = 5) -> QueryModel:
     model = builders.detr(
         lambda sizes: [LabelHead(sizes.width, num_classes), BoxHead(sizes.width)],
-        backbone="resnet18", width=32, num_queries=9, encoder_layers=2, decoder_layers=3, num_heads=4, ffn_width=64, dropout=0.0,
+        backbone="resnet18", width=32, num_queries=9, encoder_layers=2, decoder_layers=3, num_heads=4, ffn_width=64,
+        dropout=0.0,
     )  # fmt: skip
     reader.fill(model, published_detr_state(peer), model.heads.heads())
     return model
@@ -117,7 +118,11 @@ def test_matcher_and_every_loss_term(labels: list[list[int]]) -> None:
         }
         assert mine == wanted
         terms = judge(said, peer_targets(targets))
-        for ours_, theirs, weight in (("labels.class", "loss_ce", 1), ("boxes.l1", "loss_bbox", 5), ("boxes.giou", "loss_giou", 2)):
+        for ours_, theirs, weight in (
+            ("labels.class", "loss_ce", 1),
+            ("boxes.l1", "loss_bbox", 5),
+            ("boxes.giou", "loss_giou", 2),
+        ):
             torch.testing.assert_close(losses.stages[0][ours_][stage], weight * terms[theirs], atol=1e-5, rtol=1e-5)
 
 

@@ -1,0 +1,70 @@
+"""Results: what a model says about one image, in pixels of the original image.
+
+Letters: k objects, K keypoints. Boxes are (x1, y1, x2, y2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from queryvision.data.classes import ClassMap
+
+
+@dataclass
+class Result:
+    """What the model says about one image, best first, in pixels of the original image."""
+
+    scores: Tensor  # (k,)
+    labels: Tensor  # (k,) int64 contiguous class index; `names` are their names
+    classes: ClassMap
+    size: tuple[int, int]  # height, width of the original image
+    values: Mapping[str, Tensor]  # {field: (k,...)}: boxes (k,4) x1 y1 x2 y2, masks (k,H,W) bool, keypoints (k,K,3)
+    path: str = ""
+
+    def __len__(self) -> int:
+        """Number of objects."""
+        return len(self.scores)
+
+    def __getattr__(self, name: str) -> Tensor:
+        """A field of `values`: `result.boxes`, `result.masks` ..."""
+        values: Mapping[str, Tensor] = self.__dict__.get("values", {})
+        if name in values:
+            return values[name]
+        raise AttributeError(f"this result holds {['scores', 'labels', 'names', *values]}, no '{name}'")
+
+    @property
+    def names(self) -> list[str]:
+        """The class name of each object."""
+        return [self.classes.names[i] for i in self.labels.tolist()]
+
+    def above(self, threshold: float) -> Result:
+        """Only the objects with a score of at least `threshold`."""
+        keep = self.scores >= threshold
+        values = {name: value[keep] for name, value in self.values.items()}
+        return replace(self, scores=self.scores[keep], labels=self.labels[keep], values=values)
+
+    def to_supervision(self) -> Any:
+        """As `supervision.Detections`.
+
+        Raises:
+            ImportError: `supervision` is not installed.
+        """
+        try:
+            import supervision
+        except ImportError as error:
+            raise ImportError("to_supervision() needs the package: pip install supervision") from error
+        if "boxes" not in self.values:
+            raise AttributeError(f"supervision needs boxes; this result holds {list(self.values)}")
+        masks = self.values.get("masks")
+        return supervision.Detections(
+            xyxy=self.values["boxes"].cpu().numpy(),
+            mask=None if masks is None else masks.cpu().numpy().astype(bool),
+            confidence=self.scores.cpu().numpy(),
+            class_id=self.labels.cpu().numpy(),
+            data={"class_name": np.array(self.names)},
+        )
