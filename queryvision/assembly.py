@@ -8,7 +8,7 @@ from typing import Any
 
 from queryvision.config import Config, arguments, make_config
 from queryvision.data.classes import ClassMap
-from queryvision.engine.checkpoint import load_checkpoint
+from queryvision.engine.checkpoint import load_checkpoint, load_weights
 from queryvision.errors import CheckpointError, ConfigError
 from queryvision.model.builders import builder
 from queryvision.model.query_model import QueryModel
@@ -66,17 +66,16 @@ def load_model(path: str | Path) -> Loaded:
         CheckpointError: it is something else, or does not fit this version.
     """
     content = load_checkpoint(path)
+    missing = {"task", "config", "classes", "model"} - set(content)
+    if missing:
+        raise CheckpointError(f"{path}: cannot be rebuilt: it lacks {', '.join(sorted(missing))}")
     try:
-        config = make_config(content["config"], str(path))
         classes = ClassMap.from_dict(content["classes"])
         task = resolve_task(content["task"])
+        config = resolve(make_config(content["config"]), task)
         model = build_model(config, task, classes)
-    except (KeyError, ConfigError) as error:
+    except ConfigError as error:
         raise CheckpointError(f"{path}: cannot be rebuilt: {error}") from error
-    weights = content.get("ema", content["model"])
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: weights and settings disagree: {str(error).splitlines()[1].strip()}") from error
+    load_weights(model, content.get("ema", content["model"]), str(path))
     model.eval()
     return Loaded(model, task, classes, config, content.get("step", 0), content.get("metrics", {}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import json as json_module
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from queryvision.assembly import Loaded, build_model, header, load_model, resolve
-from queryvision.config import load_config
+from queryvision.config import changed, load_config
 from queryvision.data.classes import ClassMap
 from queryvision.data.coco import CocoDataset, open_dataset
 from queryvision.data.scenes import make_scenes
 from queryvision.engine.checkpoint import save_checkpoint
 from queryvision.errors import ConfigError, DataError
 from queryvision.inference.predictor import Predictor, as_array, find_pictures
+from queryvision.outputs import writable_file, writable_folder
 from queryvision.runs import evaluate_model
 from queryvision.task import resolve_task
 from queryvision.weights import detr
@@ -53,24 +54,23 @@ def evaluate(
         {metric: value}.
 
     Raises:
+        ConfigError: a number is out of range, or `save_json` cannot be written.
         DataError: the data cannot be read, or shares no class with the model.
         CheckpointError: it is no checkpoint of ours.
     """
     loaded = load_model(checkpoint)
-    config = loaded.config
-    config.data.workers = workers
-    if image_size:
-        config.data.image_size = image_size
-    if batch_size:
-        config.evaluation.batch_size = batch_size
-    root = data or config.data.path or str(make_scenes())
+    changes = {"data.path": data, "data.workers": workers, "data.image_size": image_size}
+    config = changed(loaded.config, {**changes, "evaluation.batch_size": batch_size, "evaluation.evaluator": evaluator})
+    results_file = None if save_json is None else writable_file(save_json)
+    root = str(make_scenes()) if config.data.path is None else config.data.path
     dataset = open_dataset(root, split, loaded.task.needs)
     _report_classes(loaded, dataset, quiet)
+    if dataset.warning() and not quiet:
+        print(f"warning: {dataset.warning()}")
     model = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    metrics, judge = evaluate_model(model, loaded.task, loaded.classes, dataset, config, evaluator)
-    if save_json:
-        Path(save_json).parent.mkdir(parents=True, exist_ok=True)
-        Path(save_json).write_text(json.dumps(judge.records))
+    metrics, judge = evaluate_model(model, loaded.task, loaded.classes, dataset, config)
+    if results_file is not None:
+        results_file.write_text(json_module.dumps(judge.records))
     return metrics
 
 
@@ -90,7 +90,7 @@ def predict(
     output: str = "predictions",
     *,
     threshold: float = 0.5,
-    json_file: str | None = None,
+    json: str | None = None,
     image_size: int | None = None,
 ) -> Path:
     """Draws results onto pictures.
@@ -100,22 +100,22 @@ def predict(
         sources: files, folders, glob patterns.
         output: folder for the overlays and `results.json` (COCO results format; `image_id` counts the pictures from 1).
         threshold: least score.
-        json_file: write the results there instead of `output/results.json`.
+        json: write the results there instead of `output/results.json`.
         image_size: short side of the input; None: as in training.
 
     Returns:
         The output folder.
 
     Raises:
-        DataError: a picture cannot be read.
+        ConfigError: a number is out of range, or the results cannot be written.
+        DataError: a picture cannot be read; the others are drawn.
     """
+    if not 0 <= threshold <= 1:
+        raise ConfigError(f"threshold = {threshold}: must be at least 0 and at most 1")
     predictor = Predictor(load_model(checkpoint), image_size=image_size)
-    pictures, folder = find_pictures(sources), Path(output)
+    pictures, folder = find_pictures(sources), writable_folder(output)
+    results_file = writable_file(folder / "results.json" if json is None else json)
     unread: list[str] = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot write into {folder} ({error.strerror}); choose another folder with --output") from error
     records: list[dict[str, Any]] = []
     images: list[dict[str, Any]] = []
     for index, (path, picture) in enumerate(_readable(pictures, unread), 1):
@@ -125,10 +125,11 @@ def predict(
         records += predictor.task.records(result, index)
         height, width = result.size
         images.append({"id": index, "file_name": str(path), "drawn": f"{name}.jpg", "width": width, "height": height})
-    _write_results(folder, Path(json_file or folder / "results.json"), records, images, predictor.classes)
+    _write_results(folder, results_file, records, images, predictor.classes)
     print(f"{len(images)} pictures, {len(records)} objects -> {folder}")
     if unread:
-        raise DataError(f"{len(unread)} of {len(unread) + len(images)} pictures cannot be read: {', '.join(unread[:5])}")
+        more = f" and {len(unread) - 5} more" if len(unread) > 5 else ""
+        raise DataError(f"{len(unread)} of {len(pictures)} pictures cannot be read: {', '.join(unread[:5])}{more}")
     return folder
 
 
@@ -138,7 +139,8 @@ def _readable(pictures: Sequence[Path], unread: list[str]) -> Iterator[tuple[Pat
         try:
             yield path, as_array(path)
         except DataError as error:
-            unread.append(str(error))
+            print(f"skipped {error}")
+            unread.append(str(path))
 
 
 def _write_results(
@@ -146,9 +148,8 @@ def _write_results(
 ) -> None:
     """COCO results, and beside the overlays which picture each `image_id` is and what the categories are called."""
     categories = [{"id": i, "name": n} for i, n in zip(classes.ids, classes.names, strict=True)]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(records))
-    (folder / "images.json").write_text(json.dumps({"images": images, "categories": categories}))
+    file.write_text(json_module.dumps(records))
+    (folder / "images.json").write_text(json_module.dumps({"images": images, "categories": categories}))
 
 
 def convert(source: str, family: str, output: str, *, dc5: bool | None = None) -> Path:
@@ -166,13 +167,13 @@ def convert(source: str, family: str, output: str, *, dc5: bool | None = None) -
     """
     if family != "detr":
         raise ConfigError(f"--from {family}: no reader of that name. Valid: detr")
+    writable_file(output)
     found = detr.read(source, dc5)
     task = resolve_task(detr.TASK)
     name = f"{found['model']['name']}_{'dc5_' if found['model']['dc5'] else ''}coco"
     config = resolve(load_config(detr.TASK, name).model_copy(update={"model": found["model"]}), task)
     model = build_model(config, task, found["classes"])
     detr.fill(model, found["state"], model.heads.heads())
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
     content = {**header(config, task, found["classes"]), "model": model.state_dict(), "step": 0, "metrics": {}}
     save_checkpoint(Path(output), content)
     print(f"{source} -> {output}: {found['model']['name']}, {len(found['classes'])} class rows and no-object")

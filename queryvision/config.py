@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from queryvision.errors import ConfigError, nearest
+from queryvision.settings_file import parse_setting, read_settings
 
 PRESETS = Path(__file__).parent / "configs"
 
@@ -22,13 +22,13 @@ PRESETS = Path(__file__).parent / "configs"
 class Settings(BaseModel):
     """Base of all sections: unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
 
 class DataSettings(Settings):
     """What to learn from."""
 
-    path: str | None = Field(None, description="folder of the data set; empty: the embedded drawn scenes")
+    path: str | None = Field(None, min_length=1, description="folder of the data set; empty: the embedded drawn scenes")
     train_split: str = Field("train", description="name of the split to train on")
     val_split: str = Field("val", description="name of the split to evaluate on")
     image_size: int = Field(128, ge=32, description="short side in pixels; the long side is capped at 1333/800 of it")
@@ -57,7 +57,7 @@ class TrainSettings(Settings):
     ema: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights, which are evaluated; 0: no average")
     ema_warmup: int = Field(200, ge=1, description="steps over which the decay rises")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the forward pass; losses are always fp32")
-    devices: int = Field(1, ge=1, description="processes; more than 1 needs torchrun or accelerate launch")
+    devices: int | None = Field(None, ge=1, description="processes; more than 1 needs torchrun; empty: as many as were started")
     seed: int = Field(0, ge=0, description="of weights, order, augmentation and dropout")
     log_every: int = Field(20, ge=1, description="steps between lines of metrics.csv")
     eval_every: int = Field(200, ge=1, description="steps between evaluations; the last step is always evaluated")
@@ -78,8 +78,8 @@ class Config(Settings):
     """A whole run."""
 
     task: str = Field("detection", description="a name of `qv tasks`, a dotted module, or several joined by +")
-    name: str = Field("run", description="of the run, a folder under output/<task>")
-    output: str = Field("runs", description="folder of all runs")
+    name: str = Field("run", pattern=r"^[^./\\][^/\\]*$", description="of the run, a folder under output/<task>")
+    output: str = Field("runs", min_length=1, description="folder of all runs")
     weights: str = Field("none", description="none, imagenet, torchvision:NAME, timm:NAME, a path or a URL")
     model: dict[str, Any] = Field(default_factory=dict, description="name of a builder and its keyword arguments")
     heads: dict[str, dict[str, Any]] = Field(default_factory=dict, description="keyword arguments of each head")
@@ -106,9 +106,10 @@ def load_config(
         ConfigError: no such preset, unknown key, wrong value.
     """
     changes = {key: value for key, value in (overrides or {}).items() if value is not None}
-    changes |= dict(_parse_setting(text) for text in settings)
+    changes |= dict(parse_setting(text) for text in settings)
     path = find_preset(task, config, custom=changes.get("data.path") is not None)
-    values = _read_yaml(path) if path else {}
+    values = read_settings(path) if path else {}
+    make_config(values, str(path))  # what is wrong in the file is told with its name
     if task is not None:
         if config is not None and values.get("task", task) != task:
             raise ConfigError(f"{path}: this configuration is for task '{values['task']}', not '{task}'")
@@ -119,14 +120,14 @@ def load_config(
         values.get("train", {}).pop("steps", None)
     for key, value in changes.items():
         _put(values, key, value)
-    result = make_config(values, str(path or "settings"))
+    result = make_config(values)
     if (result.train.steps is None) == (result.train.epochs is None):
         raise ConfigError("train: give either train.steps or train.epochs (--steps or --epochs)")
     return result
 
 
-def make_config(values: Mapping[str, Any], where: str) -> Config:
-    """Checks plain values.
+def make_config(values: Mapping[str, Any], where: str = "") -> Config:
+    """Checks plain values; `where` they come from is told with what is wrong.
 
     Raises:
         ConfigError: unknown key or wrong value.
@@ -134,7 +135,20 @@ def make_config(values: Mapping[str, Any], where: str) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {explain(error, Config)}") from error
+        raise ConfigError(f"{where}{': ' if where else ''}{explain(error, Config)}") from error
+
+
+def changed(config: Config, changes: Mapping[str, Any]) -> Config:
+    """A copy with other values: {"section.key": value}; None values are left out.
+
+    Raises:
+        ConfigError: unknown key or wrong value.
+    """
+    values = config.model_dump()
+    for key, value in changes.items():
+        if value is not None:
+            _put(values, key, value)
+    return make_config(values)
 
 
 def find_preset(task: str | None, config: str | None, custom: bool = False) -> Path | None:
@@ -146,14 +160,18 @@ def find_preset(task: str | None, config: str | None, custom: bool = False) -> P
     if config is None:
         path = PRESETS / (task or "detection") / ("custom.yaml" if custom else "default.yaml")
         return path if path.exists() else None
-    if Path(config).suffix in (".yaml", ".yml") or Path(config).exists():
+    if Path(config).suffix in (".yaml", ".yml") or Path(config).is_file():
         if not Path(config).is_file():
             raise ConfigError(f"there is no configuration file {config}")
         return Path(config)
-    found = {p.stem: p for p in presets() if task is None or p.parent.name == task}
-    if config not in found:
-        raise ConfigError(f"there is no configuration '{config}'; {nearest(config, found)}")
-    return found[config]
+    mine = [p for p in presets() if task is None or p.parent.name == task]
+    found = [p for p in mine if config in (p.stem, f"{p.parent.name}/{p.stem}")]
+    if not found:
+        raise ConfigError(f"there is no configuration '{config}'; {nearest(config, {p.stem for p in mine})}")
+    if len(found) > 1:
+        names = ", ".join(f"{p.parent.name}/{p.stem}" for p in found)
+        raise ConfigError(f"several tasks have a configuration '{config}': {names}; choose with --task")
+    return found[0]
 
 
 def presets() -> list[Path]:
@@ -174,7 +192,7 @@ def arguments(function: Callable[..., Any], given: Mapping[str, Any], where: str
     hints = get_type_hints(target)
     keywords = [p for p in inspect.signature(target).parameters.values() if p.kind is p.KEYWORD_ONLY]
     fields: dict[str, Any] = {p.name: (hints.get(p.name, Any), ... if p.default is p.empty else p.default) for p in keywords}
-    model = create_model("Arguments", __config__=ConfigDict(extra="forbid", protected_namespaces=()), **fields)
+    model = create_model("Arguments", __config__=ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False), **fields)
     try:
         checked = model.model_validate(dict(given))
     except ValidationError as error:
@@ -188,36 +206,17 @@ def explain(error: ValidationError, model: type[BaseModel], where: str = "") -> 
     names = [where, *(str(part) for part in first["loc"])]
     key = ".".join(name for name in names if name)
     if first["type"] == "extra_forbidden":
-        owner: Any = model
-        for part in first["loc"][:-1]:
-            owner = owner.model_fields[part].annotation
-        return f"there is no setting '{key}'; {nearest(str(first['loc'][-1]), owner.model_fields)}"
+        return f"there is no setting '{key}'; {nearest(str(first['loc'][-1]), _fields(model, first['loc'][:-1]))}"
+    if first["type"] == "model_type" and key:
+        return f"{key} = {first['input']!r}: a section holds settings, such as {key}.{next(iter(_fields(model, first['loc'])))}"
     return f"{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
-def _parse_setting(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--set {text}: write section.key=value, for example --set train.lr=0.0002")
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {text}: the value is not YAML ({str(error).splitlines()[0]})") from error
-    return key.strip(), _number(parsed)
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 as text; people mean the number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    if isinstance(value, dict):
-        return {key: _number(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_number(item) for item in value]
-    return value
+def _fields(model: Any, path: Sequence[int | str]) -> dict[str, Any]:
+    """The settings of a section."""
+    for part in path:
+        model = model.model_fields[part].annotation
+    return model.model_fields  # type: ignore[no-any-return]
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
@@ -227,13 +226,3 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(values, dict):
             raise ConfigError(f"--set {key}: '{section}' is a setting, not a section")
     values[last] = value
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML ({str(error).splitlines()[0]})") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a configuration is a mapping of settings, this is {type(values).__name__}")
-    return _number(values)  # type: ignore[no-any-return]

@@ -10,6 +10,10 @@ class QueryVisionError(Exception):
     """Base of every error that a user can mend; the command line prints it as one line and exits with 2."""
 
 
+MANY = 40
+"""Valid names above which only the closest are listed."""
+
+
 class ConfigError(QueryVisionError):
     """A setting, a flag or a name is wrong."""
 
@@ -23,7 +27,7 @@ class CheckpointError(QueryVisionError):
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """Names the valid key closest to `name`, then all of them.
+    """Names the valid key closest to `name`, then all of them, or the closest few of very many.
 
     Returns:
         A half sentence such as `did you mean 'steps'? Valid: batch_size, steps`.
@@ -31,4 +35,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     options = sorted(valid)
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'? " if close else ""
+    if len(options) > MANY:
+        few = difflib.get_close_matches(name, options, n=8, cutoff=0)
+        return f"{hint}The closest of {len(options)}: {', '.join(few)}"
     return f"{hint}Valid: {', '.join(options)}"

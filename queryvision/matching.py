@@ -60,11 +60,9 @@ def total_cost(
     """Sum of the costs of all heads that take part, (S,B,Q,T) float32 without a gradient."""
     with torch.no_grad():
         costs = [heads[name].cost(round, targets, generators) for name in round.answers]
-    total = torch.zeros((), device=round.device)
-    for cost in costs:
-        if cost is not None:
-            total = total + cost.float()
-    return total.expand(*round.shape, targets.valid.shape[1])
+    given = [cost.float() for cost in costs if cost is not None]
+    shape = (*round.shape, targets.valid.shape[1])
+    return sum(given[1:], given[0]) if given else torch.zeros(shape, device=round.device)
 
 
 def assign(costs: Sequence[Tensor | None], rounds: Sequence[Round], counts: Sequence[int]) -> list[Pairs]:

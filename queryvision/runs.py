@@ -9,25 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from PIL import Image
 
 from queryvision.assembly import build_model, header, load_model, resolve
-from queryvision.config import Config, load_config, make_config
+from queryvision.config import Config, load_config
 from queryvision.criterion import Criterion
 from queryvision.data.classes import ClassMap
 from queryvision.data.coco import CocoDataset, check_same_classes, open_dataset
 from queryvision.data.loader import BatchPlan, evaluation_loader, train_loader
 from queryvision.data.scenes import make_scenes
 from queryvision.data.transforms import evaluation_transform, training_transform
-from queryvision.engine.checkpoint import load_checkpoint
 from queryvision.engine.evaluation import evaluate
+from queryvision.engine.processes import make_accelerator
 from queryvision.engine.run_log import summary
-from queryvision.engine.trainer import Trainer, make_accelerator
-from queryvision.errors import CheckpointError, ConfigError, DataError
+from queryvision.engine.trainer import Trainer
+from queryvision.errors import ConfigError, DataError
 from queryvision.inference.drawing import grid
 from queryvision.inference.predictor import Predictor
 from queryvision.model.query_model import QueryModel
+from queryvision.run_folder import SETTINGS, named_run, new_folder, newest_run, write_settings
 from queryvision.structures import Batch
 from queryvision.task import Evaluator, Task, resolve_task
 from queryvision.weights.sources import load_backbone
@@ -64,7 +64,7 @@ def train(
     Args:
         task: name of the task; None: of the configuration, else `detection`.
         config: name of a preset or a YAML file; None: the task's default.
-        resume: go on with the newest run of this name, or with a given run folder.
+        resume: go on with the newest run of this name, or with a given run folder, whose own settings count.
         settings: `section.key=value`.
         **flags: the keys of `FLAGS`.
 
@@ -77,42 +77,16 @@ def train(
     unknown = set(flags) - set(FLAGS)
     if unknown:
         raise TypeError(f"train() got unknown arguments {sorted(unknown)}; everything else goes into settings=[...]")
+    overrides = {FLAGS[key]: value for key, value in flags.items()}
     if isinstance(resume, str):
-        chosen = _config_of_run(Path(resume))
+        if config is not None:
+            raise ConfigError(f"--resume {resume}: a run brings its own configuration; leave out --config {config}")
+        folder = named_run(resume)
+        chosen = load_config(task, str(folder / SETTINGS), overrides, settings)
     else:
-        chosen = load_config(task, config, {FLAGS[key]: value for key, value in flags.items()}, settings)
-    folder, go_on = run_folder(chosen, resume)
-    return _Run(chosen, folder).fit(go_on)
-
-
-def run_folder(config: Config, resume: bool | str) -> tuple[Path, bool]:
-    """The folder of a run, and whether there is a checkpoint to go on from. A new run never writes into an old one's folder.
-
-    Raises:
-        ConfigError: there is nothing to resume.
-    """
-    if isinstance(resume, str):
-        folder = Path(resume).parent if Path(resume).suffix == ".pt" else Path(resume)
-        if not folder.is_dir():
-            raise ConfigError(f"--resume {resume}: there is no such run folder")
-        return folder, (folder / "last.pt").exists()
-    parent = Path(config.output) / config.task
-    taken = [parent / config.name]
-    while taken[-1].exists():
-        taken.append(parent / f"{config.name}-{len(taken) + 1}")
-    if not resume:
-        return taken[-1], False
-    if len(taken) == 1:
-        raise ConfigError(f"--resume: there is no run {taken[0]}; start it without --resume, or name its folder")
-    return taken[-2], (taken[-2] / "last.pt").exists()
-
-
-def _config_of_run(path: Path) -> Config:
-    folder = path.parent if path.suffix == ".pt" else path
-    file = folder / "config.yaml"
-    if not file.is_file():
-        raise ConfigError(f"--resume {path}: there is no run here (no {file})")
-    return make_config(yaml.safe_load(file.read_text()), str(file))
+        chosen = load_config(task, config, overrides, settings)
+        folder = newest_run(chosen) if resume else new_folder(chosen)
+    return _Run(chosen, folder).fit(resume is not False)
 
 
 class _Run:
@@ -138,16 +112,10 @@ class _Run:
 
     def fit(self, resume: bool) -> Path:
         config, folder = self.config, self.folder
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
-        except OSError as error:
-            raise ConfigError(f"cannot write into {folder} ({error.strerror}); choose another folder with --output") from error
         torch.manual_seed(config.train.seed)
         model = build_model(config, self.task, self.classes)
         if not resume:
             print(load_backbone(model.backbone, str(config.model.get("backbone", "")), config.weights))
-        self._announce(model)
         trainer = Trainer(
             model=model,
             criterion=Criterion(model.heads.heads(), model.steering),
@@ -160,20 +128,21 @@ class _Run:
             header={**header(config, self.task, self.classes), "steps_per_epoch": self.steps_per_epoch},
             accelerator=self.accelerator,
         )
-        if resume and not self._same_classes():
-            raise CheckpointError(
-                f"{folder / 'last.pt'}: was trained on other classes than {config.data.path or 'the scenes'} has"
-            )
-        progress = trainer.fit(resume)
+        if resume:
+            trainer.load()
+        if self.accelerator.is_main_process:  # only now: what is refused leaves no folder and spoils none
+            write_settings(folder, config)
+        self._announce(model)
+        progress = trainer.fit()
+        if progress.skipped:
+            where = config.data.path or "the drawn scenes"
+            print(f"warning: {progress.skipped} times an image could not be read; `qv data check {where}` lists them")
         if self.accelerator.is_main_process:
             text = summary(self.task.name, config.model_dump(), self.steps, progress.seconds, progress.best_metrics)
             (folder / "summary.json").write_text(json.dumps(text, indent=2))
             self._picture(folder)
             print(f"done: {folder}")
         return folder
-
-    def _same_classes(self) -> bool:
-        return bool(load_checkpoint(self.folder / "last.pt")["classes"] == self.classes.to_dict())
 
     def _announce(self, model: QueryModel) -> None:
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
@@ -221,7 +190,7 @@ def open_splits(config: Config, task: Task) -> tuple[CocoDataset, CocoDataset]:
         DataError: they cannot be read, are empty, or disagree about their classes.
     """
     data = config.data
-    root = data.path or str(make_scenes())
+    root = str(make_scenes()) if data.path is None else data.path
     train = open_dataset(root, data.train_split, task.needs, data.strict)
     if data.limit:
         train = train.subset(data.limit)
@@ -230,10 +199,12 @@ def open_splits(config: Config, task: Task) -> tuple[CocoDataset, CocoDataset]:
         val = open_dataset(root, data.val_split, task.needs, data.strict)
         check_same_classes(train, val)
     for split in (train, val):
-        if not len(split):
-            raise DataError(f"{split.file}: holds no image")
         if split.warning():
             print(f"warning: {split.warning()}")
+    if not train.max_objects:
+        raise DataError(f"{train.file}: holds no object to learn from in {len(train)} images; `qv data check {root}` tells why")
+    if not val.max_objects:
+        print(f"warning: {val.file}: holds no object, so nothing can be measured")
     return train, val
 
 

@@ -119,6 +119,10 @@ class Targets(Movable):
             raise KeyError(f"targets hold no '{name}', only {sorted(self.values)}")
         return self.values[name]
 
+    def only_known(self, cost: Tensor, name: str) -> Tensor:
+        """A cost (S,B,Q,T) with zero columns for targets that lack the field `name`, which changes no assignment."""
+        return cost if self.num_with[name] == self.counts else cost.masked_fill(~self.has[name][:, None], 0.0)
+
 
 @dataclass
 class Batch(Movable):

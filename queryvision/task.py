@@ -197,16 +197,19 @@ def resolve_task(name: str) -> Task:
 
 
 def _resolve_one(name: str) -> Task:
-    module = name if "." in name else f"queryvision.tasks.{name}"
+    path = name if "." in name else f"queryvision.tasks.{name}"
+    unknown = ConfigError(f"there is no task '{name}'; {nearest(name, task_names())}, or a dotted module")
+    if not all(part.isidentifier() for part in path.split(".")):
+        raise unknown
     try:
-        task = importlib.import_module(module).TASK
+        module = importlib.import_module(path)
     except ModuleNotFoundError as error:
-        if error.name and not module.startswith(error.name):
+        if error.name and not path.startswith(error.name):
             raise
-        raise ConfigError(f"there is no task '{name}'. Valid: {', '.join(task_names())}, or a dotted module") from error
-    except AttributeError as error:
-        raise ConfigError(f"module '{module}' holds no TASK (a queryvision.task.Task)") from error
-    return task  # type: ignore[no-any-return]
+        raise unknown from error
+    if not isinstance(getattr(module, "TASK", None), Task):
+        raise ConfigError(f"module '{path}' holds no TASK (a queryvision.task.Task)")
+    return module.TASK  # type: ignore[no-any-return]
 
 
 def task_names() -> list[str]:

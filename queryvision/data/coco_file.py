@@ -62,7 +62,7 @@ def image_table(rows: list[Any], classes: ClassMap, file: Path) -> tuple[ImageTa
             raise DataError(f"{file}: image '{row['file_name']}' lies outside the data set; make its file_name relative")
     columns = {key: integers([row.get(key) for row in rows]) for key in ("id", "height", "width")}
     for key, (values, good) in columns.items():
-        bad = np.flatnonzero(~good | ((values <= 0) & (key != "id")))
+        bad = np.flatnonzero(~good | (((values <= 0) | (values >= 2**31)) & (key != "id")))
         if len(bad):
             row = rows[bad[0]]
             raise DataError(f"{file}: image '{row['file_name']}' has the {key} {row.get(key)!r}; a whole number is needed")

@@ -31,12 +31,12 @@ def read_image(path: Path | str) -> NDArray[Any]:
     try:
         with Image.open(path) as image:
             image.load()
-            return _rgb(image)
+            return rgb_array(image)
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no such image") from error
     except DAMAGED as error:
         reason = "not an image" if "cannot identify" in str(error) else str(error)
-        raise DataError(f"{path}: cannot be read ({reason}); replace the file or remove it from the data set") from error
+        raise DataError(f"{path}: cannot be read ({reason}); replace or remove the file") from error
 
 
 def is_turned(path: Path | str) -> bool:
@@ -48,7 +48,12 @@ def is_turned(path: Path | str) -> bool:
         return False
 
 
-def _rgb(image: Image.Image) -> NDArray[Any]:
+def rgb_array(image: Image.Image) -> NDArray[Any]:
+    """An open picture as (H,W,3) uint8 RGB; see `read_image`.
+
+    Raises:
+        ValueError: its pixels are floating point numbers, which have no known range.
+    """
     if image.mode.startswith("I"):  # Pillow would clip instead of scale
         deep = np.asarray(image).astype(np.float64) / 257
         gray = np.clip(np.rint(deep), 0, 255).astype(np.uint8)

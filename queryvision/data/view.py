@@ -12,6 +12,7 @@ from PIL import Image
 from queryvision.data.coco import CocoDataset
 from queryvision.errors import DataError
 from queryvision.inference import drawing
+from queryvision.outputs import writable_file
 from queryvision.structures import Sample
 
 CELL = 480  # px, longest side of a picture on the sheet
@@ -33,18 +34,18 @@ def view(
         The file written.
 
     Raises:
+        ConfigError: the file cannot be written.
         DataError: an image cannot be read, or `count` is not positive.
     """
     if count < 1:
         raise DataError(f"a sheet of {count} samples; ask for at least one")
+    path = writable_file(path)
     order = np.random.default_rng(seed).permutation(len(dataset))[:count]
     pictures = []
     for position, index in enumerate(order):
         sample = dataset.read(int(index))
         pictures.append(draw_sample(sample if transform is None else transform(sample, seed + position), dataset))
     sheet = drawing.grid(pictures, columns=math.ceil(math.sqrt(len(pictures))))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, format="PNG")
     return path
 

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from queryvision.config import TrainSettings
 from queryvision.criterion import Criterion
-from queryvision.engine.checkpoint import load_checkpoint, save_checkpoint
+from queryvision.engine.checkpoint import load_resumable, load_weights, save_checkpoint
 from queryvision.engine.optimisation import AveragedWeights, lr_factor, parameter_groups
+from queryvision.engine.processes import make_accelerator
 from queryvision.engine.run_log import RunLog
-from queryvision.errors import QueryVisionError
+from queryvision.errors import CheckpointError, QueryVisionError
 from queryvision.model.query_model import QueryModel
 from queryvision.structures import Batch
 
@@ -80,23 +81,20 @@ class Trainer:
         self.average = AveragedWeights(model, settings.ema, settings.ema_warmup) if settings.ema else None
         self.model, self.optimizer = self.accelerator.prepare(model, torch.optim.AdamW(groups, fused=True))
         self.progress = Progress()
+        self.rng: dict[str, Any] | None = None  # of a checkpoint
         self.log: RunLog
 
     # ------------------------------------------------------------------------------------------------ the run
-    def fit(self, resume: bool = False) -> Progress:
-        """Runs to the last step.
-
-        Args:
-            resume: go on from `last.pt`.
+    def fit(self) -> Progress:
+        """Runs to the last step, from the first or from where `load` left off.
 
         Raises:
-            QueryVisionError: the loss is no longer finite.
+            QueryVisionError: the loss is no longer finite, or validation data cannot be read.
         """
-        state = self._load() if resume else None
         start = self.progress.step
         self.log = RunLog(self.folder, self.steps, start, self.accelerator.is_main_process)
         batches = self.batches(start * self.settings.accumulate)
-        self._set_rng(state)  # after the loader, which draws from the global generator when it starts
+        self._set_rng()  # after the loader, which draws from the global generator when it starts
         try:
             for step in range(start, self.steps):
                 self._step(step, batches)
@@ -167,10 +165,14 @@ class Trainer:
         if step % s.log_every == 0 or final:
             values = self._read_losses(step)
         if step % s.eval_every == 0 or final:
-            values |= self._evaluate(step)
+            try:
+                values |= self._evaluate(step)
+            except QueryVisionError:
+                self._save()  # the steps so far are not lost
+                raise
         if values:
             self.log.row(step, {"epoch": step / max(1, self.header["steps_per_epoch"]), **values})
-        if (step % s.save_every == 0 or final) and self.accelerator.is_main_process:
+        if step % s.save_every == 0 or final:
             self._save()
 
     def _read_losses(self, step: int) -> Metrics:
@@ -209,6 +211,8 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ checkpoints
     def _save(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
         p = self.progress
         content = {
             **self.header,
@@ -226,30 +230,34 @@ class Trainer:
             content |= {"ema": self.average.model.state_dict(), "ema_updates": self.average.updates}
         save_checkpoint(self.folder / "last.pt", content)
 
-    def _load(self) -> dict[str, Any]:
-        state = load_checkpoint(self.folder / "last.pt")
-        self.plain.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.average is not None and "ema" in state:
-            self.average.load(state["ema"], state["ema_updates"])
+    def load(self) -> None:
+        """Takes over `last.pt`, from which `fit` then goes on.
+
+        Raises:
+            CheckpointError: it is damaged, or was made with other classes, another model or another optimiser.
+        """
+        path = self.folder / "last.pt"
+        state = load_resumable(path, self.header["classes"])
+        load_weights(self.plain, state["model"], str(path))
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise CheckpointError(f"{path}: its optimiser was made for other trained parts; keep settings as they were") from error
+        if self.average is not None:
+            self.average.load(state.get("ema", state["model"]), state.get("ema_updates", 0))
         log, device = state["log"], self.accelerator.device
         sums = {key: value.to(device) for key, value in log["sums"].items()}
         self.progress = Progress(state["step"], log["seconds"], log["best"], state["metrics"], log["skipped"], sums)
-        return state
+        self.rng = state["rng"]
 
-    def _set_rng(self, state: dict[str, Any] | None) -> None:
+    def _set_rng(self) -> None:
         """The generators of a checkpoint, or fresh ones that differ from rank to rank."""
-        if state is None:
+        if self.rng is None:
             torch.manual_seed(self.settings.seed + self.accelerator.process_index)
         else:
-            torch.set_rng_state(state["rng"]["torch"])
-            if state["rng"]["cuda"] and torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(state["rng"]["cuda"])
-
-
-def make_accelerator(settings: TrainSettings) -> Accelerator:
-    """Devices and precision of a run."""
-    return Accelerator(mixed_precision={"fp32": "no"}.get(settings.precision, settings.precision))
+            torch.set_rng_state(self.rng["torch"])
+            if self.rng["cuda"] and torch.cuda.is_available():
+                torch.cuda.set_rng_state_all(self.rng["cuda"])
 
 
 def image_generators(seed: int, step: int, image_ids: tuple[int, ...], device: torch.device) -> list[torch.Generator]:

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from queryvision.assembly import Loaded, load_model
+from queryvision.config import changed
 from queryvision.data.classes import ClassMap
-from queryvision.data.images import read_image
+from queryvision.data.images import DAMAGED, read_image, rgb_array
 from queryvision.data.loader import collate
 from queryvision.data.transforms import evaluation_transform
 from queryvision.engine.evaluation import results_of
@@ -34,18 +35,22 @@ class Predictor:
         device: where to run; None: CUDA where there is one.
         image_size: short side of the input in pixels; None: as in training.
         batch_size: most pictures of equal size looked at together.
+
+    Raises:
+        ConfigError: a number is out of range.
     """
 
     def __init__(
         self, loaded: Loaded, device: str | None = None, image_size: int | None = None, batch_size: int | None = None
     ) -> None:
+        settings = changed(loaded.config, {"data.image_size": image_size, "evaluation.batch_size": batch_size})
         self.loaded = loaded
         self.task = loaded.task
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = loaded.model.to(self.device).eval()
-        self.transform = evaluation_transform(image_size or loaded.config.data.image_size)
-        self.batch_size = batch_size or loaded.config.evaluation.batch_size
-        self.limit = loaded.config.evaluation.max_results
+        self.transform = evaluation_transform(settings.data.image_size)
+        self.batch_size = settings.evaluation.batch_size
+        self.limit = settings.evaluation.max_results
 
     @property
     def classes(self) -> ClassMap:
@@ -114,10 +119,13 @@ def as_array(source: Picture) -> NDArray[Any]:
             raise DataError(f"there is no picture {source}")
         return read_image(Path(source))
     if isinstance(source, Image.Image):
-        return np.asarray(source.convert("RGB"))
-    if source.ndim != 3 or source.shape[2] != 3 or source.dtype != np.uint8:
+        try:
+            return rgb_array(source)
+        except DAMAGED as error:
+            raise DataError(f"the picture cannot be read ({error})") from error
+    if source.ndim != 3 or source.shape[2] != 3 or source.dtype != np.uint8 or not source.size:
         raise DataError(f"an array must be (H,W,3) uint8 RGB, this is {source.shape} {source.dtype}")
-    return source
+    return np.ascontiguousarray(source)
 
 
 def find_pictures(sources: Sequence[str]) -> list[Path]:

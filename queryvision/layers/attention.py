@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from queryvision.ops.dropout import dropout
+
 
 class Attention(nn.Module):
     """Multi-head attention with the parameters, names and initialisation of `nn.MultiheadAttention`.
@@ -84,4 +86,4 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(...,D) -> (...,D)."""
-        return self.linear2(F.dropout(F.relu(self.linear1(x), inplace=True), self.dropout, self.training))  # type: ignore[no-any-return]
+        return self.linear2(dropout(F.relu(self.linear1(x), inplace=True), self.dropout, self.training))  # type: ignore[no-any-return]

@@ -18,6 +18,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from queryvision.errors import ConfigError, nearest
 from queryvision.structures import Features, ImageBatch
 
+RESNET_STRIDES = (4, 8, 16, 32)  # of stages 1 to 4
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -145,15 +146,13 @@ class TimmBackbone(Backbone):
     def __init__(self, name: str, strides: Sequence[int] = (32,), freeze_norm: bool = True) -> None:
         super().__init__()
         if not timm.is_model(name):
-            raise ConfigError(
-                f"there is no backbone '{name}' in timm; {nearest(name, timm.list_models(name[:4] + '*') or ['resnet50'])}"
-            )
+            raise ConfigError(f"there is no backbone '{name}'; {nearest(name, {*_resnets(), *timm.list_models()})}")
         body: Any = timm.create_model(name, features_only=True, pretrained=False)
         reductions: list[int] = body.feature_info.reduction()
         channels: list[int] = body.feature_info.channels()
         missing = set(strides) - set(reductions)
         if missing:
-            raise ConfigError(f"backbone '{name}' has no level of stride {sorted(missing)}, only {reductions}")
+            raise ConfigError(f"backbone '{name}' has no level of stride {sorted(missing)[0]}, only {sorted(set(reductions))}")
         keep = tuple(reductions.index(stride) for stride in strides)
         self.body = timm.create_model(name, features_only=True, pretrained=False, out_indices=keep)
         self.channels = tuple(channels[index] for index in keep)
@@ -206,8 +205,15 @@ def make_backbone(
         ConfigError: nobody knows the name, or it has no such level.
     """
     if name in _resnets():
-        levels = [stride.bit_length() - 2 for stride in strides]
+        unknown = [stride for stride in strides if stride not in RESNET_STRIDES]
+        if unknown:
+            raise ConfigError(f"backbone '{name}' has no level of stride {unknown[0]}, only {list(RESNET_STRIDES)}")
+        if dilated and name in ("resnet18", "resnet34"):
+            raise ConfigError(f"backbone '{name}' cannot be dilated (dc5); resnet50 and larger can")
+        levels = [RESNET_STRIDES.index(stride) + 1 for stride in strides]
         return ResNet(name, levels, frozen_norm, dilated, freeze)
+    if dilated:
+        raise ConfigError(f"backbone '{name}' cannot be dilated (dc5), only torchvision's ResNets; set its stride to 16 instead")
     return TimmBackbone(name, strides, frozen_norm)
 
 

@@ -58,7 +58,13 @@ def detr(
         num_heads: attention heads.
         ffn_width: channels inside the feed-forward parts.
         dropout: in encoder and decoder.
+
+    Raises:
+        ConfigError: a number is out of range or does not fit the others, or nobody knows the backbone.
     """
+    _check_sizes(width, num_heads, dropout)
+    _check_at_least(1, num_queries=num_queries, decoder_layers=decoder_layers, ffn_width=ffn_width)
+    _check_at_least(0, encoder_layers=encoder_layers, freeze=freeze)
     trunk = make_backbone(backbone, (stride,), frozen_norm, dc5, freeze)
     heads = heads(Sizes(width, decoder_layers)) if callable(heads) else heads
     slots = sum(head.slots for head in heads)
@@ -132,6 +138,22 @@ def builder(name: str) -> Callable[..., QueryModel]:
     if name not in known:
         raise ConfigError(f"model.name: there is no builder '{name}'; {nearest(name, known)}")
     return known[name]
+
+
+def _check_at_least(least: int, **given: int) -> None:
+    for name, value in given.items():
+        if value < least:
+            raise ConfigError(f"model.{name} = {value}: at least {least} is needed")
+
+
+def _check_sizes(width: int, num_heads: int, dropout: float) -> None:
+    _check_at_least(1, width=width, num_heads=num_heads)
+    if width % 4:
+        raise ConfigError(f"model.width = {width}: must be divisible by 4, for the sine positions")
+    if width % num_heads:
+        raise ConfigError(f"model.width = {width}: is not divisible by model.num_heads = {num_heads}")
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"model.dropout = {dropout}: must be at least 0 and below 1")
 
 
 def published_defaults(build: Callable[..., QueryModel]) -> dict[str, object]:

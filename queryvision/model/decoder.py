@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from queryvision.head import Feedback
 from queryvision.layers.attention import Attention, FeedForward
+from queryvision.ops.dropout import dropout
 from queryvision.structures import Memory, Queries, Stage
 
 
@@ -114,7 +114,7 @@ class DecoderLayer(nn.Module):
         return out.view(batch, slots, queries, width).transpose(1, 2)
 
     def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+        return dropout(x, self.dropout, self.training)
 
 
 class Decoder(nn.Module):

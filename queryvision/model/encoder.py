@@ -6,11 +6,11 @@ Legend: B images, L levels, N memory tokens, D width.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from queryvision.layers.attention import Attention, FeedForward
 from queryvision.layers.positions import SinePositions
+from queryvision.ops.dropout import dropout
 from queryvision.structures import Features, Memory
 
 
@@ -60,8 +60,8 @@ class EncoderLayer(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor, hidden: Tensor | None) -> Tensor:
         """Tokens (B,N,D) with positions (B,N,D); hidden (B,1,N) True = padding."""
         placed = tokens + positions
-        tokens = self.norm1(tokens + F.dropout(self.self_attn(placed, placed, tokens, hidden), self.dropout, self.training))
-        return self.norm2(tokens + F.dropout(self.ffn(tokens), self.dropout, self.training))  # type: ignore[no-any-return]
+        tokens = self.norm1(tokens + dropout(self.self_attn(placed, placed, tokens, hidden), self.dropout, self.training))
+        return self.norm2(tokens + dropout(self.ffn(tokens), self.dropout, self.training))  # type: ignore[no-any-return]
 
 
 class DenseEncoder(nn.Module):

@@ -24,25 +24,32 @@ def box_area(boxes: Tensor) -> Tensor:
     return size[..., 0] * size[..., 1]
 
 
-def _overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Intersection and union of broadcastable xyxy boxes (...,4)."""
-    size = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0)
-    inter = size[..., 0] * size[..., 1]
-    return inter, box_area(a) + box_area(b) - inter
+def _overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Intersection, union and hull of broadcastable xyxy boxes (...,4).
+
+    Coordinate by coordinate, each contiguous: otherwise no operation over the pairs would be vectorised.
+    """
+    ax1, ay1, ax2, ay2 = a.movedim(-1, 0).contiguous()
+    bx1, by1, bx2, by2 = b.movedim(-1, 0).contiguous()
+    width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
+    height = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)
+    inter = width * height
+    union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - inter
+    hull_width = (torch.maximum(ax2, bx2) - torch.minimum(ax1, bx1)).clamp(min=0)
+    hull_height = (torch.maximum(ay2, by2) - torch.minimum(ay1, by1)).clamp(min=0)
+    return inter, union, hull_width * hull_height
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
     """Intersection over union of broadcastable xyxy boxes (...,4) -> (...); 0 where both are empty."""
-    inter, union = _overlap(a, b)
+    inter, union, _ = _overlap(a, b)
     return inter / union.clamp(min=torch.finfo(union.dtype).tiny)
 
 
 def generalized_box_iou(a: Tensor, b: Tensor) -> Tensor:
     """Generalised IoU (arXiv 1902.09630) of broadcastable xyxy boxes (...,4) -> (...), -1..1."""
     tiny = torch.finfo(a.dtype).tiny
-    inter, union = _overlap(a, b)
-    size = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0)
-    hull = size[..., 0] * size[..., 1]
+    inter, union, hull = _overlap(a, b)
     return inter / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
 
 
@@ -58,7 +65,7 @@ def covered_share(boxes: Tensor, regions: Tensor) -> Tensor:
     """
     if regions.shape[1] == 0:
         return boxes.new_zeros(boxes.shape[:-1])
-    inter, _ = _overlap(boxes[..., None, :], regions[:, None])
+    inter, _, _ = _overlap(boxes[..., None, :], regions[:, None])
     return (inter / box_area(boxes).clamp(min=torch.finfo(boxes.dtype).tiny)[..., None]).amax(-1)
 
 

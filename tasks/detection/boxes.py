@@ -80,7 +80,7 @@ class BoxHead(Head):
         distance = pairwise_l1(boxes.transpose(0, 1).flatten(1, 2), wanted)
         distance = distance.view(batch, stages, queries, -1).transpose(0, 1)
         giou = generalized_box_iou(cxcywh_to_xyxy(boxes)[..., None, :], cxcywh_to_xyxy(wanted)[:, None])
-        return (self.l1_cost * distance - self.giou_cost * giou) * targets.has["boxes"][:, None]
+        return targets.only_known(torch.add(distance * self.l1_cost, giou, alpha=-self.giou_cost), self.name)
 
     def quality(self, round: Round, match: Match, targets: Targets) -> tuple[Tensor, Tensor]:
         """IoU of the pair."""

@@ -81,9 +81,12 @@ class LabelHead(Head):
     def cost(self, round: Round, targets: Targets, generators: Sequence[torch.Generator] | None) -> Tensor:
         """Less the probability of the target's class (softmax), or the focal cost; (S,B,Q,T)."""
         logits = round.answers[self.name]["logits"]
-        costs = -logits.softmax(-1) if self.softmax else sigmoid_focal_cost(logits, self.alpha, self.gamma)
         labels = targets["labels"][None, :, None].expand(*logits.shape[:-1], -1)
-        return costs.gather(-1, labels) * (self.cost_weight * targets.has["labels"][:, None])
+        if self.softmax:
+            cost = logits.softmax(-1).gather(-1, labels) * -self.cost_weight
+        else:
+            cost = sigmoid_focal_cost(logits.gather(-1, labels), self.alpha, self.gamma) * self.cost_weight
+        return targets.only_known(cost, self.name)
 
     def loss(self, round: Round, match: Match, targets: Targets, facts: Facts) -> dict[str, Tensor]:
         """{"class": (S,)}."""

@@ -32,6 +32,7 @@ from queryvision.structures import Features
 from queryvision.task import HeadSpec, Task, join
 from queryvision.tasks.detection import BoxHead, LabelHead
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LAZY = {"decoder.layers.0.self_attn.in_proj_weight"}  # DETR's first layer attends over states that are all zero
 
 
@@ -46,8 +47,9 @@ def build(monkeypatch):
     monkeypatch.setattr(builders, "make_backbone", lambda *_, **__: TinyBackbone())
     numbers = {"width": WIDTH, "num_queries": 5, "encoder_layers": 1, "num_heads": 4, "ffn_width": 64, "dropout": 0.0}
 
-    def make(heads, **more):
-        return vary(builders.detr(heads, **{**numbers, "decoder_layers": 3, **more}))
+    def make(heads):
+        torch.manual_seed(0)
+        return builders.detr(heads, **numbers, decoder_layers=2)
 
     return make
 
@@ -61,10 +63,10 @@ def lane_targets(lacks=()):
 
 
 def test_lanes_train(build) -> None:
-    model, targets = build(lane_heads).train(), lane_targets()
+    model, targets = vary(build(lane_heads)).train(), lane_targets()
     outputs = model(images())
     (round,) = outputs.rounds
-    assert round.answers["lanes"]["x"].shape == (3, 2, 5, 4)
+    assert round.answers["lanes"]["x"].shape == (2, 2, 5, 4)
     losses = Criterion(model.heads.heads(), model.steering)(outputs, targets)
     assert set(losses.terms) == {"labels.class", "lanes.l1"}
     losses.total.backward()
@@ -72,21 +74,21 @@ def test_lanes_train(build) -> None:
 
 
 def test_lanes_learn(build) -> None:
-    model, targets, batch = build(lane_heads, decoder_layers=2).train(), lane_targets(), images()
+    model, targets, batch = build(lane_heads).train(), lane_targets(), images()
     criterion = Criterion(model.heads.heads())
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     history = []
-    for _ in range(50):
+    for _ in range(100):
         losses = criterion(model(batch), targets)
         optimizer.zero_grad()
         losses.total.backward()
         optimizer.step()
         history.append(losses.terms["lanes.l1"].item())
-    assert history[-1] < 0.5 * history[0]
+    assert history[0] > 0.3 and history[-1] < 0.15
 
 
 def test_lanes_predict(build) -> None:
-    model, batch = build(lane_heads), images()
+    model, batch = vary(build(lane_heads)), images()
     trained = model.train()(batch).final()
     with torch.no_grad():
         outputs = model.eval()(batch)
@@ -106,7 +108,7 @@ def test_slots_move_their_own_points(build) -> None:
     spied = LaneHead(WIDTH, 4)
     views, forward = [], spied.forward
     spied.forward = lambda view: (views.append(view), forward(view))[1]
-    build([LabelHead(WIDTH, CLASSES), spied]).train()(images())
+    tiny_model([LabelHead(WIDTH, CLASSES), spied], layers=3).train()(images())
     assert views[0].points is None and views[0].slots.shape == (2, 5, 4, WIDTH)
     for before, view in zip(views[:-1], views[1:], strict=True):
         said = forward(before)["x"]
@@ -145,13 +147,16 @@ def test_points_that_a_silent_head_keeps_keep_their_gradient() -> None:
     class Once(LaneHead):
         def forward(self, view):
             views.append(view)
-            return super().forward(view) if view.stage.index == 0 else None
+            said.append(super().forward(view))
+            return said[-1] if view.stage.index == 0 else None
 
-    views = []
+    views, said = [], []
     tiny_model([Once(WIDTH, 2), LaneHead(WIDTH, 3, "others")], layers=3).train()(images())
-    first, second, third = views
+    _, second, third = views
     close(third.points, second.points)
-    assert third.points_base.requires_grad and not third.points.requires_grad
+    assert not third.points.requires_grad
+    (gradient,) = torch.autograd.grad(third.points_base.sum(), said[0]["x"])
+    assert gradient.all()
 
 
 # ---------------------------------------------------------------------------------------------------- context
@@ -314,13 +319,21 @@ def test_look_forward_twice() -> None:
 def test_only_the_named_head_steers() -> None:
     class Stubborn(Witness):
         def feedback(self, answer, view):
-            return Feedback(anchors=torch.zeros(2, 5, 4), hidden=torch.ones(2, 5, 20, dtype=torch.bool))
+            hidden = torch.zeros(*view.state.shape[:2], 20, dtype=torch.bool)
+            hidden[:, :, self.mark] = True
+            return Feedback(anchors=torch.zeros(*view.state.shape[:2], 4), hidden=hidden)
 
-    stubborn = Stubborn()
-    heads = [LabelHead(WIDTH, CLASSES), BoxHead(WIDTH), stubborn]
-    tiny_model(heads, Steering(rank="labels", first="boxes", later="boxes"), two_stage=True).train()(images())
+    steering = Steering(rank="labels", first="boxes", later="boxes", hidden="hides")
+    stubborn, hides = Stubborn("stubborn", mark=3), Stubborn("hides", mark=7)
+    model = tiny_model([LabelHead(WIDTH, CLASSES), BoxHead(WIDTH), hides, stubborn], steering, two_stage=True).train()
+    looks = []
+    for layer in model.decoder.layers:
+        layer.register_forward_pre_hook(lambda _m, inputs: looks.append(inputs[2]))
+    model(images())
     assert all(bool((view.anchors > 0).all()) for view in stubborn.views)
-    assert list(stubborn.views[-1].answers) == ["labels", "boxes"], "it sees those before it"
+    assert looks[0].hidden is None, "proposals hide nothing"
+    assert looks[1].hidden.any(1).any(0).nonzero().tolist() == [[7]]
+    assert list(stubborn.views[-1].answers) == ["labels", "boxes", "hides"], "it sees those before it"
 
 
 # ---------------------------------------------------------------------------------------------------- mistakes

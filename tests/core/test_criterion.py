@@ -26,6 +26,7 @@ from queryvision.head import Steering
 from queryvision.matching import match
 from queryvision.structures import Features, ImageBatch, Match, Outputs, Targets
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 HEADS = {loss: {head.name: head for head in detection_heads(loss)} for loss in ("softmax", "focal")}
 both_losses = pytest.mark.parametrize("loss", ["softmax", "focal"])
 
@@ -283,7 +284,14 @@ def test_more_padding_changes_nothing_from_the_features_on(two_stage: bool) -> N
 
 @both_losses
 def test_bf16_is_finite_and_boxes_stay_float32(loss: str) -> None:
-    model, targets = tiny_model(detection_heads(loss)).train(), make_targets([3, 0])
+    class Multiplies(Witness):
+        def loss(self, round, match, targets, facts):
+            state = round.answers[self.name]["state"]
+            products.append(state @ state.transpose(-1, -2))
+            return super().loss(round, match, targets, facts)
+
+    products = []
+    model, targets = tiny_model([*detection_heads(loss), Multiplies()]).train(), make_targets([3, 0])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outputs = model(images())
     answers = outputs.rounds[0].answers
@@ -291,5 +299,6 @@ def test_bf16_is_finite_and_boxes_stay_float32(loss: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = Criterion(model.heads.heads())(outputs, targets)
     assert all(value.dtype == torch.float32 and value.isfinite() for value in (losses.total, *losses.terms.values()))
+    assert products[0].dtype == torch.float32, "losses are float32 under any precision"
     losses.total.backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())

@@ -20,6 +20,9 @@ from queryvision.ops.losses import sigmoid_focal, sigmoid_focal_cost
 from queryvision.structures import Memory
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-6) -> None:
     torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 

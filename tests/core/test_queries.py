@@ -28,6 +28,7 @@ from queryvision.model.queries import Carried, carry
 from queryvision.structures import FREE, NONE, VOID, Features, QueryGroup
 from queryvision.tasks.detection import BoxHead, LabelHead
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEERING = Steering(rank="labels", first="boxes", later="boxes", quality=("boxes",))
 
 
@@ -39,9 +40,9 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-6) -> None:
 PINS = torch.tensor([[1, NONE, VOID, FREE], [VOID, 0, FREE, NONE]])  # carried queries are 5, 6, 7, 8
 
 
-def carried(seed: int = 0) -> Carried:
+def carried(slots: int = 0, seed: int = 0) -> Carried:
     generator = torch.Generator().manual_seed(seed)
-    states, positions = (torch.randn(2, 4, 1, WIDTH, generator=generator) for _ in range(2))
+    states, positions = (torch.randn(2, 4, 1 + slots, WIDTH, generator=generator) for _ in range(2))
     return Carried(states, PINS, positions)
 
 
@@ -76,11 +77,12 @@ def test_none_is_taught_as_background_and_void_is_taught_nothing(loss: str) -> N
         assert (by_logits[:, image, pinned] < 0).any(-1).all(), "the pinned target's class goes up"
 
 
-def test_void_is_seen_by_nobody() -> None:
-    model = tiny_model(detection_heads()).eval()
+@pytest.mark.parametrize("slots", [0, 2])
+def test_void_is_seen_by_nobody(slots: int) -> None:
+    model = tiny_model([*detection_heads(), *([Witness(slots=slots)] if slots else [])]).eval()
 
     def logits(column: int | None) -> torch.Tensor:
-        tracks = carried()
+        tracks = carried(slots)
         if column is not None:
             tracks.states[0, column] += 1.0
             tracks.positions[0, column] -= 1.0
@@ -188,7 +190,7 @@ def test_selected_queries_start_from_their_proposals_without_a_gradient() -> Non
         assert torch.equal(proposals.proposal_index[image], best)
         close(proposals.answers["boxes"]["boxes"][0, image], boxes[image, best], 0)
         close(first.anchors[image], boxes[image, best], 0)
-    assert boxes.requires_grad and not first.anchors.requires_grad
+    assert boxes.requires_grad and not first.anchors.requires_grad and not first.base.requires_grad
 
 
 # ---------------------------------------------------------------------------------------------------- denoising
