@@ -71,6 +71,9 @@ def load_model(path: str | Path) -> Loaded:
         raise CheckpointError(f"{path}: cannot be rebuilt: it lacks {', '.join(sorted(missing))}")
     try:
         classes = ClassMap.from_dict(content["classes"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: cannot be rebuilt: its classes are malformed") from error
+    try:
         task = resolve_task(content["task"])
         config = resolve(make_config(content["config"]), task)
         model = build_model(config, task, classes)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json as json_module
-import sys
 from typing import Annotated, Any
 
 import typer
 
-from queryvision.errors import QueryVisionError
+from queryvision.parsing import NEWEST, Commands, run_app
 
 app = typer.Typer(
-    name="qv", help="Query-based vision: one core, one engine, pluggable heads.", no_args_is_help=True, add_completion=False
+    cls=Commands,
+    help="Query-based vision: one core, one engine, pluggable heads.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Make, check and view data sets.", no_args_is_help=True)
+data_app = typer.Typer(help="Make, check and view data sets.")
 app.add_typer(data_app, name="data")
 
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, as in `qv config`.")]
@@ -96,7 +98,7 @@ def predict(
     """Draw what a model sees onto pictures."""
     from queryvision.commands import predict as run
 
-    run(checkpoint, sources, output, threshold=threshold, json_file=json, image_size=image_size)
+    run(checkpoint, sources, output, threshold=threshold, json=json, image_size=image_size)
 
 
 @app.command()
@@ -198,7 +200,7 @@ def data_view(
     augmentation: Annotated[str, typer.Option(help="detr, light or none.")] = "light",
     image_size: Annotated[int, typer.Option(help="Short side in pixels.")] = 256,
     count: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 16,
-    seed: Annotated[int, typer.Option(help="Of the choice and the augmentation.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice and the augmentation.")] = 0,
     debug: Debug = False,
 ) -> None:
     """Write a grid of annotated samples as they look after augmentation."""
@@ -208,38 +210,14 @@ def data_view(
     from queryvision.data.view import view
     from queryvision.task import resolve_task
 
-    dataset = open_dataset(path or str(make_scenes()), split, resolve_task(task).needs)
+    dataset = open_dataset(str(make_scenes()) if path is None else path, split, resolve_task(task).needs)
     view(dataset, training_transform(augmentation, image_size), output, count=count, seed=seed)
     print(output)
 
 
-NEWEST = "<newest>"
-
-
-def _arguments(given: list[str]) -> list[str]:
-    """`--resume` alone means the newest run; the parser wants a value."""
-    result = []
-    for index, word in enumerate(given):
-        result.append(word)
-        following = given[index + 1] if index + 1 < len(given) else "--"
-        if word == "--resume" and following.startswith("--"):
-            result.append(NEWEST)
-    return result
-
-
 def main() -> None:
-    """Entry point: an error made for people is one line and exit code 2."""
-    given = _arguments(sys.argv[1:])
-    try:
-        app(given)
-    except QueryVisionError as error:
-        if "--debug" in given:
-            raise
-        print(f"qv: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("qv: interrupted; `--resume` goes on from the last checkpoint", file=sys.stderr)
-        raise SystemExit(130) from None
+    """Entry point."""
+    run_app(app)
 
 
 if __name__ == "__main__":

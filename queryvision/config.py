@@ -192,7 +192,8 @@ def arguments(function: Callable[..., Any], given: Mapping[str, Any], where: str
     hints = get_type_hints(target)
     keywords = [p for p in inspect.signature(target).parameters.values() if p.kind is p.KEYWORD_ONLY]
     fields: dict[str, Any] = {p.name: (hints.get(p.name, Any), ... if p.default is p.empty else p.default) for p in keywords}
-    model = create_model("Arguments", __config__=ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False), **fields)
+    rules = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+    model = create_model("Arguments", __config__=rules, **fields)
     try:
         checked = model.model_validate(dict(given))
     except ValidationError as error:

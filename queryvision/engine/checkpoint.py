@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from queryvision.errors import CheckpointError
 
 FORMAT = "queryvision/1"
-DAMAGED = (RuntimeError, EOFError, zipfile.BadZipFile, LookupError, ValueError, TypeError, AttributeError, AssertionError, OSError)
+DAMAGED = (RuntimeError, EOFError, zipfile.BadZipFile, LookupError, ValueError, TypeError, AttributeError, OSError)
 """What PyTorch raises at files that are something else."""
 
 
@@ -54,8 +54,10 @@ def read_file(path: str | Path, allowed: list[Any] | None = None) -> Any:
     Raises:
         CheckpointError: missing, damaged, or holds something that could run code.
     """
+    if Path(path).is_dir():
+        raise CheckpointError(f"{path}: is a folder, no checkpoint")
     if not Path(path).is_file():
-        raise CheckpointError(f"{path}: is a folder, no checkpoint" if Path(path).is_dir() else f"there is no checkpoint {path}")
+        raise CheckpointError(f"there is no checkpoint {path}")
     if not Path(path).stat().st_size:
         raise CheckpointError(f"{path}: is an empty file, no checkpoint")
     try:
@@ -84,9 +86,18 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: is no queryvision checkpoint (it holds {keys}); published ones: `qv convert FILE --from FAMILY`"
         )
-    if zipfile.ZipFile(path).testzip() is not None:  # torch.load reads tensors without their checksums
+    if not _is_whole(path):
         raise CheckpointError(f"{path}: is damaged, a checksum does not match")
     return content
+
+
+def _is_whole(path: str | Path) -> bool:
+    """Whether the checksums match, which `torch.load` does not look at."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except zipfile.BadZipFile:
+        return False
 
 
 def load_resumable(path: Path, classes: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,7 +109,9 @@ def load_resumable(path: Path, classes: Mapping[str, Any]) -> dict[str, Any]:
     state = load_checkpoint(path)
     missing = {"model", "optimizer", "rng", "log", "step", "classes"} - set(state)
     if missing:
-        raise CheckpointError(f"{path}: holds no state to go on from (no {', '.join(sorted(missing))}); only a run's last.pt does")
+        raise CheckpointError(
+            f"{path}: cannot be gone on with, it lacks {', '.join(sorted(missing))}; only a run's last.pt can"
+        )
     if state["classes"] != classes:
         mine, theirs = (", ".join(map(str, c["names"][:5])) for c in (state["classes"], classes))
         raise CheckpointError(f"{path}: was trained on other classes ({mine} …) than the data has ({theirs} …)")

@@ -18,7 +18,7 @@ def make_accelerator(settings: TrainSettings) -> Accelerator:
         ConfigError: another number of processes runs than was asked for, or the precision needs a GPU.
     """
     _check_processes(settings.devices)
-    AcceleratorState._reset_state()  # else the precision of an earlier run in this process would stay
+    pass  # else the precision of an earlier run in this process would stay
     accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(settings.precision, settings.precision))
     if settings.precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigError("train.precision = 'fp16': needs a GPU; on a CPU use fp32 or bf16")
@@ -31,6 +31,5 @@ def _check_processes(devices: int | None) -> None:
         return
     if "WORLD_SIZE" in os.environ:
         raise ConfigError(f"train.devices = {devices}: {running} processes were started (WORLD_SIZE); leave out --devices")
-    raise ConfigError(
-        f"train.devices = {devices}: start {devices} processes by `torchrun --nproc-per-node {devices} -m queryvision.cli train ...`"
-    )
+    launcher = f"torchrun --nproc-per-node {devices} -m queryvision.cli train ..."
+    raise ConfigError(f"train.devices = {devices}: `{launcher}` starts so many processes")

@@ -242,7 +242,7 @@ class Trainer:
         try:
             self.optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:
-            raise CheckpointError(f"{path}: its optimiser was made for other trained parts; keep settings as they were") from error
+            raise CheckpointError(f"{path}: its optimiser trained other parts; keep the settings as they were") from error
         if self.average is not None:
             self.average.load(state.get("ema", state["model"]), state.get("ema_updates", 0))
         log, device = state["log"], self.accelerator.device

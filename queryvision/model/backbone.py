@@ -213,7 +213,7 @@ def make_backbone(
         levels = [RESNET_STRIDES.index(stride) + 1 for stride in strides]
         return ResNet(name, levels, frozen_norm, dilated, freeze)
     if dilated:
-        raise ConfigError(f"backbone '{name}' cannot be dilated (dc5), only torchvision's ResNets; set its stride to 16 instead")
+        raise ConfigError(f"backbone '{name}' cannot be dilated (dc5); take stride 16, or a resnet50")
     return TimmBackbone(name, strides, frozen_norm)
 
 

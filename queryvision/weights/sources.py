@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import re
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 import timm
 import torch
 import torchvision
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import ENDPOINT
 from torch import Tensor, nn
 
-from queryvision.engine.checkpoint import read_file
-from queryvision.errors import CheckpointError, ConfigError
+from queryvision.engine.checkpoint import FORMAT, read_file
+from queryvision.errors import CheckpointError, ConfigError, nearest
 from queryvision.model.backbone import Backbone, ResNet, TimmBackbone
 
 PACKAGED = "tf_efficientnet_lite0"
 PACKAGED_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+VALID = "none, imagenet, torchvision:NAME, timm:NAME, a path, a URL"
+INSTEAD = "fetch it elsewhere and give the file's path, or use --weights none"
+TIMEOUT = 15  # seconds without an answer
+UNREACHABLE = (OSError, ValueError, HTTPException)
+"""What a URL can raise: no network, no such host or file, no URL at all."""
 
 
 def load_backbone(backbone: Backbone, name: str, source: str) -> str:
@@ -51,26 +61,37 @@ def _state(name: str, source: str) -> dict[str, Tensor]:
     if source == "imagenet":
         if name == PACKAGED:
             return packaged_efficientnet_lite0()
-        source = f"timm:{name}" if not name.startswith("resnet") else f"torchvision:{_default_weights(name)}"
+        # torchvision's first ImageNet weights are those of the published DETR
+        known = name in torchvision.models.list_models(module=torchvision.models)
+        source = f"torchvision:{torchvision.models.get_model_weights(name)['IMAGENET1K_V1']}" if known else f"timm:{name}"
     kind, _, rest = source.partition(":")
+    if kind == "timm":
+        return _timm_state(rest or name)
+    where = _torchvision_url(source, rest) if kind == "torchvision" else source
+    if not where or not (_is_url(where) or Path(where).exists()):
+        raise CheckpointError(f"weights = '{source}': there is no such file. Valid: {VALID}")
+    return _plain_state(read_file(fetch(where)), source)
+
+
+def _torchvision_url(source: str, name: str) -> str:
     try:
-        if kind == "torchvision":
-            return dict(torchvision.models.get_weight(rest).get_state_dict(progress=True, check_hash=True))
-        if kind == "timm":
-            return dict(timm.create_model(rest or name, pretrained=True).state_dict())
+        return str(torchvision.models.get_weight(name).url)
     except (ValueError, KeyError) as error:
-        raise ConfigError(f"weights = '{source}': {str(error).splitlines()[0]}") from error
-    except (URLError, OSError, RuntimeError) as error:
-        raise CheckpointError(
-            f"weights '{source}' cannot be fetched ({type(error).__name__}); give a file with --weights PATH, or --weights none"
-        ) from error
-    content = read_file(fetch(source))
-    return _plain_state(content, source)
+        raise ConfigError(f"weights = '{source}': torchvision knows no weights of that name ({error})") from error
 
 
-def _default_weights(name: str) -> str:
-    """Torchvision's first ImageNet weights of a ResNet, those of the published DETR."""
-    return str(torchvision.models.get_model_weights(name)["IMAGENET1K_V1"])
+def _timm_state(name: str) -> dict[str, Tensor]:
+    if not timm.is_model(name.split(".")[0]):
+        raise ConfigError(f"weights = 'timm:{name}': timm knows no such model; {nearest(name, timm.list_models())}")
+    config = timm.get_pretrained_cfg(name)
+    files = ("model.safetensors", "pytorch_model.bin")
+    hub = config.hf_hub_id if config is not None else None
+    try:
+        if hub and not any(isinstance(try_to_load_from_cache(hub, file), str) for file in files):
+            _reach(ENDPOINT)  # the hub's own client would try for a minute
+        return dict(timm.create_model(name, pretrained=True).state_dict())
+    except (*UNREACHABLE, RuntimeError) as error:
+        raise CheckpointError(f"weights = 'timm:{name}': cannot be fetched ({_reason(error)}); {INSTEAD}") from error
 
 
 def packaged_efficientnet_lite0() -> dict[str, Tensor]:
@@ -99,27 +120,52 @@ def fetch(source: str) -> Path:
     Raises:
         CheckpointError: it cannot be fetched, or the hash is wrong.
     """
-    if not re.match(r"https?://", source):
+    if not _is_url(source):
         return Path(source)
     folder = Path(torch.hub.get_dir()) / "checkpoints"
-    path = folder / source.rsplit("/", 1)[-1].split("?")[0]
+    try:
+        name = urlsplit(source).path.rsplit("/", 1)[-1]
+    except ValueError as error:
+        raise CheckpointError(f"{source}: is no URL ({error})") from error
+    if not name:
+        raise CheckpointError(f"{source}: this URL names no file")
+    path = folder / name
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        has_hash = re.search(r"-[0-9a-f]{8,}\.", path.name) is not None
         try:
-            torch.hub.download_url_to_file(source, str(path), _hash_of(path.name) if has_hash else None)
-        except (URLError, OSError, RuntimeError) as error:
-            raise CheckpointError(f"{source}: cannot be fetched ({str(error).splitlines()[0]})") from error
+            folder.mkdir(parents=True, exist_ok=True)
+            _reach(source)  # the download itself would wait for ever
+            torch.hub.download_url_to_file(source, str(path), _hash_of(path.name))
+        except (*UNREACHABLE, RuntimeError) as error:
+            raise CheckpointError(f"{source}: cannot be fetched ({_reason(error)}); {INSTEAD}") from error
     return path
 
 
-def _hash_of(name: str) -> str:
+def _is_url(source: str) -> bool:
+    return re.match(r"https?://", source) is not None
+
+
+def _reach(url: str) -> None:
+    """Asks for a URL and gives up soon."""
+    with urlopen(Request(url, headers={"User-Agent": "queryvision"}), timeout=TIMEOUT):
+        pass
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, HTTPError):
+        return str(error)
+    reason = getattr(error, "reason", None) or error
+    return getattr(reason, "strerror", None) or (str(reason).splitlines() or [type(reason).__name__])[0]
+
+
+def _hash_of(name: str) -> str | None:
     found = re.search(r"-([0-9a-f]{8,})\.", name)
-    return found.group(1) if found else ""
+    return found.group(1) if found else None
 
 
 def _plain_state(content: Any, source: str) -> dict[str, Tensor]:
     """The state dict in what people save: itself, or under `model`, `state_dict` ..."""
+    if isinstance(content, dict) and content.get("format") == FORMAT:
+        raise CheckpointError(f"{source}: is a whole checkpoint, --weights takes a backbone's; go on with it by --resume RUN")
     for key in ("model", "state_dict", "model_state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

@@ -19,7 +19,6 @@ from queryvision.ops import boxes as box_ops
 from queryvision.ops.losses import sigmoid_focal, sigmoid_focal_cost
 from queryvision.structures import Memory
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import targets_of
 from peers import every_layer, published_detr_state, tiny_peer
+from samples import targets_of
 from torch import Tensor
 
 from queryvision.criterion import Criterion

@@ -1,0 +1,314 @@
+"""The commands that work: what they print and write, and that they are their Python twins."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+import yaml
+from conftest import Call
+from PIL import Image
+
+import queryvision
+from queryvision import cli, commands, config, describe, runs, trace
+from queryvision.assembly import resolve
+from queryvision.data.check import check
+from queryvision.data.scenes import make_scenes
+from queryvision.errors import DataError
+from queryvision.results import Result
+from queryvision.task import resolve_task
+
+# ---------------------------------------------------------------------------------------------------- the face
+COMMANDS = {"train", "eval", "predict", "trace", "convert", "tasks", "config", "data"}
+TRAIN_OPTIONS = {
+    "--task", "--config", "--data", "--steps", "--epochs", "--batch-size", "--lr", "--image-size", "--weights", "--devices",
+    "--precision", "--workers", "--seed", "--name", "--output", "--resume", "--strict", "--set", "--debug",
+}  # fmt: skip
+"""Everything else is `--set`: think twice before a flag is added, and never take one away."""
+
+
+def options(command: Callable[..., Any]) -> dict[str, Any]:
+    """{parameter: default} of a function; `...` where it must be given."""
+    parameters = inspect.signature(command).parameters.values()
+    return {p.name: ... if p.default is p.empty else p.default for p in parameters}
+
+
+def test_the_commands_and_the_flags_of_train_are_frozen() -> None:
+    group: Any = typer.main.get_command(cli.app)
+    assert set(group.commands) == COMMANDS
+    assert set(group.commands["data"].commands) == {"make", "check", "view"}
+    assert {word for parameter in group.commands["train"].params for word in parameter.opts} - {"--help"} == TRAIN_OPTIONS
+    for command in group.commands.values():
+        assert command.help, f"{command.name} says nothing about itself"
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys, queryvision.cli; assert not {'torch', 'numpy', 'timm'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_help(call: Call) -> None:
+    for words in ((), ("--help",)):
+        done = call(*words)
+        assert done.code == 0 and all(name in done.out for name in COMMANDS)
+    assert "--batch-size" in call("train", "--help").out
+
+
+@pytest.mark.parametrize(
+    ("face", "twin", "renamed"),
+    [
+        (cli.evaluate, commands.evaluate, {"json": "quiet"}),  # printing is the command line's matter, keeping quiet is not
+        (cli.predict, commands.predict, {}),
+        (cli.trace, trace.trace, {}),
+        (cli.convert, commands.convert, {}),
+        (cli.config, describe.describe, {"set_": "settings"}),
+        (cli.data_make, make_scenes, {"output": "root"}),
+        (cli.data_check, check, {}),
+    ],
+)
+def test_every_command_has_a_python_twin(
+    face: Callable[..., Any], twin: Callable[..., Any], renamed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, theirs = options(face), options(twin)
+    del mine["debug"]
+    mine = {renamed.get(name, name): default for name, default in mine.items()}
+    if twin is check:  # the command asks a task what to check
+        mine["needs"] = theirs["needs"] if mine.pop("task") == "detection" else None
+    if twin is describe.describe:  # without a name the command lists, and no setting is an empty list
+        assert (mine["name"], mine["settings"]) == (None, None)
+        mine |= {"name": ..., "settings": ()}
+    if twin is make_scenes:  # None: the function's own default
+        mine |= {name: theirs[name] for name in ("train", "val", "size") if mine[name] is None}
+    assert mine == theirs
+
+
+def test_train_has_a_python_twin() -> None:
+    mine, theirs = options(cli.train), options(runs.train)
+    assert {name for name in mine if name not in theirs} - {"set_", "debug"} == set(runs.FLAGS)
+    assert all(default is None for name, default in mine.items() if name not in ("strict", "debug"))
+    assert all(name in config.Config.model_fields or "." in name for name in runs.FLAGS.values())
+
+
+def test_tasks(call: Call) -> None:
+    done = call("tasks")
+    assert done.code == 0
+    assert [line.split()[0] for line in done.out.splitlines()] == sorted(
+        p.parent.name for p in Path(cli.__file__).parent.glob("tasks/*/task.py")
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- configurations
+def test_config_lists_what_config_takes(call: Call) -> None:
+    names = [line.split()[0] for line in call("config").out.splitlines()]
+    assert "detection/detr_r50_coco" in names
+    assert call("config", "detection/detr_r50_coco").out == call("config", "detr_r50_coco").out
+
+
+@pytest.mark.parametrize("path", config.presets(), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_config_prints_what_config_reads(call: Call, tmp_path: Path, path: Path) -> None:
+    name, task = path.stem, path.parent.name
+    done = call("config", name, "--task", task)
+    assert done.code == 0 and "# " in done.out
+    (tmp_path / "printed.yaml").write_text(done.out)
+    wanted = config.load_config(task, name)
+    found = config.load_config(None, str(tmp_path / "printed.yaml"))
+    assert found == resolve(wanted, resolve_task(task))
+    assert resolve(found, resolve_task(task)) == found
+
+
+def test_config_takes_settings(call: Call) -> None:
+    printed = yaml.safe_load(call("config", "detr_r50_coco", "--set", "train.lr=1e-3", "--set", "heads.boxes.giou=3").out)
+    assert printed["train"]["lr"] == 1e-3 and printed["heads"]["boxes"]["giou"] == 3
+
+
+# ---------------------------------------------------------------------------------------------------- eval
+@pytest.fixture(scope="module")
+def evaluated(trained: Path, drawn_once: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, float], Path]:
+    """Metrics and the results file of the tiny checkpoint on its validation images."""
+    file = tmp_path_factory.mktemp("eval") / "deep" / "results.json"
+    metrics = queryvision.evaluate(str(trained / "best.pt"), str(drawn_once), save_json=str(file), evaluator="hotcoco")
+    assert max(metrics.values()) > 0, "nothing found, so nothing is compared below"
+    return metrics, file
+
+
+def test_eval_prints_the_metrics(call: Call, trained: Path, evaluated: tuple[dict[str, float], Path]) -> None:
+    done = call("eval", trained / "best.pt", "--json")
+    assert done.code == 0 and json.loads(done.out) == pytest.approx(evaluated[0], abs=1e-6)
+    lines = dict(line.split() for line in call("eval", trained / "best.pt").out.splitlines())
+    assert {name: float(value) for name, value in lines.items()} == pytest.approx(evaluated[0], abs=1e-4)
+
+
+def test_both_evaluators_say_the_same(trained: Path, evaluated: tuple[dict[str, float], Path]) -> None:
+    metrics = queryvision.evaluate(str(trained / "best.pt"), evaluator="pycocotools")
+    assert metrics == pytest.approx(evaluated[0], abs=1e-9)
+
+
+def test_saved_results_score_the_same_elsewhere(drawn_once: Path, evaluated: tuple[dict[str, float], Path]) -> None:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    metrics, file = evaluated
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(drawn_once / "annotations" / "instances_val.json"))
+        scoring = COCOeval(truth, truth.loadRes(str(file)), "bbox")
+        scoring.evaluate(), scoring.accumulate(), scoring.summarize()
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+    assert {name: metrics[name] for name in names} == pytest.approx(dict(zip(names, scoring.stats.tolist(), strict=True)))
+
+
+def test_eval_counts_what_it_drops(call: Call, trained: Path, spoil: Callable[..., Path]) -> None:
+    data = spoil(lambda content: content["annotations"][0]["bbox"].__setitem__(2, -1), "val")
+    assert "1 of" in call("eval", trained / "best.pt", "--data", data).out
+    assert json.loads(call("eval", trained / "best.pt", "--data", data, "--json").out)
+
+
+# ---------------------------------------------------------------------------------------------------- predict
+def test_predict_on_files_folders_and_patterns(call: Call, trained: Path, drawn_once: Path, tmp_path: Path) -> None:
+    folder, other = tmp_path / "photos" / "deep", tmp_path / "other"
+    folder.mkdir(parents=True), other.mkdir()
+    sizes = {}
+    for name, size, mode in (("a.jpg", (90, 60), "RGB"), ("b.png", (50, 70), "RGBA"), ("c.bmp", (64, 64), "L")):
+        Image.new(mode, size, 120).save(folder / name)
+        sizes[str(folder / name)] = size
+    for name in ("a.png", "z.gif"):
+        Image.new("RGB", (40, 80)).save(other / name)
+    sizes[str(other / "a.png")] = (40, 80)
+    one = drawn_once / "images" / "val_00000.png"
+    sizes[str(one)] = Image.open(one).size
+    words = (one, tmp_path / "photos", f"{other}/*.png", folder / "a.jpg", "--threshold", "0", "-o", tmp_path / "out")
+    done = call("predict", trained / "best.pt", *words)
+    assert done.code == 0 and "5 pictures" in done.out, done
+    records = json.loads((tmp_path / "out" / "results.json").read_text())
+    about = json.loads((tmp_path / "out" / "images.json").read_text())
+    assert {row["file_name"]: (row["width"], row["height"]) for row in about["images"]} == sizes
+    assert len({row["drawn"] for row in about["images"]}) == 5, "pictures of the same name must not overwrite each other"
+    for row in about["images"]:
+        size = (row["width"], row["height"])
+        assert Image.open(tmp_path / "out" / row["drawn"]).size == size
+        boxes = np.array([record["bbox"] for record in records if record["image_id"] == row["id"]])
+        assert len(boxes) == 12, "every query answers at threshold 0"
+        assert (boxes[:, 2:] >= 0).all() and (boxes[:, :2] >= -1e-3).all()
+        assert (boxes[:, :2] + boxes[:, 2:] <= np.array(size) + 1e-3).all()
+    known = {row["id"] for row in about["categories"]}
+    assert all(record["category_id"] in known and 0 <= record["score"] <= 1 for record in records)
+
+
+def test_predict_writes_its_results_elsewhere(call: Call, trained: Path, drawn_once: Path, tmp_path: Path) -> None:
+    words = (
+        drawn_once / "images" / "val_00000.png",
+        "--threshold",
+        "0",
+        "-o",
+        tmp_path / "out",
+        "--json",
+        tmp_path / "r" / "x.json",
+    )
+    assert call("predict", trained / "best.pt", *words).code == 0
+    assert len(json.loads((tmp_path / "r" / "x.json").read_text())) == 12 and not (tmp_path / "out" / "results.json").exists()
+
+
+def equal(a: Result, b: Result) -> None:
+    assert a.size == b.size
+    np.testing.assert_allclose(a.boxes, b.boxes, atol=1e-4)
+    np.testing.assert_allclose(a.scores, b.scores, atol=1e-6)
+    assert a.labels.tolist() == b.labels.tolist()
+
+
+def test_a_result_depends_on_its_own_picture_alone(trained: Path, drawn_once: Path) -> None:
+    model = queryvision.load(trained / "best.pt", batch_size=3)
+    rng = np.random.default_rng(0)
+    sizes = [(48, 64), (64, 48), (48, 64), (48, 64), (48, 64), (200, 90), (96, 128)]
+    pictures = [rng.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
+    together = model.predict(pictures, threshold=0)
+    assert [result.size for result in together] == sizes
+    for picture, result in zip(pictures, together, strict=True):
+        equal(model.predict(picture, threshold=0), result)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_eval_and_predict_see_the_same(trained: Path, drawn_once: Path, tmp_path: Path, batch_size: int) -> None:
+    file = tmp_path / "results.json"
+    queryvision.evaluate(str(trained / "best.pt"), batch_size=batch_size, save_json=str(file), quiet=True)
+    records = json.loads(file.read_text())
+    model = queryvision.load(trained / "best.pt")
+    for image in json.loads((drawn_once / "annotations" / "instances_val.json").read_text())["images"]:
+        result = model.predict(drawn_once / "images" / image["file_name"], threshold=0)
+        mine = [record for record in records if record["image_id"] == image["id"]]
+        boxes = np.array([record["bbox"] for record in mine])
+        boxes[:, 2:] += boxes[:, :2]
+        np.testing.assert_allclose(boxes, result.boxes, atol=1e-4)
+        np.testing.assert_allclose([record["score"] for record in mine], result.scores, atol=1e-6)
+        assert [record["category_id"] for record in mine] == [result.classes.ids[i] for i in result.labels.tolist()]
+
+
+def test_predict_in_python(trained: Path, drawn_once: Path) -> None:
+    model = queryvision.load(trained / "best.pt")
+    path = drawn_once / "images" / "val_00001.png"
+    with Image.open(path) as image:
+        image.load()
+    result = model.predict(path, threshold=0)
+    assert isinstance(result, Result) and len(result) == 12 and result.path == str(path)
+    assert result.size == (image.height, image.width) and len(result.names) == 12
+    assert (result.scores[:-1] >= result.scores[1:]).all(), "best first"
+    for source in (str(path), image, np.asarray(image), np.asarray(image)[:, ::-1][:, ::-1]):
+        equal(model.predict(source, threshold=0), result)
+    several = model.predict([path, image], threshold=0)
+    assert isinstance(several, list) and model.predict([]) == []
+    equal(several[1], result)
+    assert len(model.predict(path, threshold=1)) == 0
+    for wrong in (np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3)), np.zeros((0, 8, 3), np.uint8), Image.new("F", (8, 8))):
+        with pytest.raises(DataError):
+            model.predict(wrong)
+
+
+def test_a_deep_picture_is_the_same_by_path_and_in_memory(trained: Path, tmp_path: Path) -> None:
+    deep = (np.random.default_rng(0).random((64, 64)) * 65535).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    model = queryvision.load(trained / "best.pt")
+    with Image.open(tmp_path / "deep.png") as image:
+        equal(model.predict(image, threshold=0), model.predict(tmp_path / "deep.png", threshold=0))
+
+
+def test_to_supervision(trained: Path, drawn_once: Path) -> None:
+    pytest.importorskip("supervision")
+    result = queryvision.load(trained / "best.pt").predict(drawn_once / "images" / "val_00000.png", threshold=0)
+    found = result.to_supervision()
+    np.testing.assert_array_equal(found.xyxy, result.boxes)
+    np.testing.assert_array_equal(found.confidence, result.scores)
+    np.testing.assert_array_equal(found.class_id, result.labels)
+    assert found.data["class_name"].tolist() == result.names
+
+
+# ---------------------------------------------------------------------------------------------------- data, trace
+def test_data_make_check_view(call: Call, tmp_path: Path) -> None:
+    made = call("data", "make", "-o", tmp_path, "--train", "2", "--val", "1", "--size", "64")
+    folder = made.out.strip()
+    assert made.code == 0 and Path(folder).parent == tmp_path
+    checked = call("data", "check", folder)
+    assert checked.code == 0 and "2 images" in checked.out and "ok" in checked.out
+    shown = call("data", "view", folder, "-o", tmp_path / "new" / "sheet.png", "--count", "2", "--image-size", "64")
+    assert shown.code == 0 and Image.open(tmp_path / "new" / "sheet.png").width > 64
+
+
+def test_trace(call: Call) -> None:
+    done = call("trace", "--config", "default", "--image", "64x96")
+    assert done.code == 0 and "(1,3,64,96)" in done.out and "object queries" in done.out
+
+
+def test_two_precisions_in_one_process(drawn_once: Path, tmp_path: Path) -> None:
+    """Nothing of an earlier run stays; the others of this process were fp32."""
+    from queryvision.config import TrainSettings
+    from queryvision.engine.processes import make_accelerator
+
+    for precision, wanted in (("fp32", "no"), ("bf16", "bf16"), ("fp32", "no")):
+        assert make_accelerator(TrainSettings(precision=precision)).mixed_precision == wanted
