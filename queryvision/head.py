@@ -36,8 +36,10 @@ class View:
     base: Tensor | None = None  # `anchors` with their gradient
     points_base: Tensor | None = None  # `points` with their gradient
     stage: Stage = Stage("layer", last=True)
-    previous: Answer | None = None  # the head's own answer of the layer before
-    answers: Mapping[str, Answer] = field(default_factory=dict)  # of the heads before it at this stage
+    previous: Answer | None = None  # its own answer of the layer before; at inference only of heads that steer
+    answers: Mapping[str, Answer] = field(
+        default_factory=dict
+    )  # of the heads before it at this stage; likewise before the last
     context: Any = None  # what `prepare` returned
 
 

@@ -1,6 +1,6 @@
 """Where a run lives: a folder of its own under `output/<task>`, and which one to go on with.
 
-A new run never writes into an old one's folder. Only a folder with a `last.pt` can be gone on with.
+A new run never writes into an old one's folder. A run that was stopped before it had saved anything starts over in its own.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ def newest_run(config: Config) -> Path:
     """The newest run of a configuration's name.
 
     Raises:
-        ConfigError: there is none, or it has saved nothing yet.
+        ConfigError: there is none.
     """
     taken = _numbered(config)[:-1]
     if not taken:
         first = Path(config.output) / config.task / config.name
         raise ConfigError(f"--resume: there is no run {first}; start it without --resume, or name its folder")
-    return _with_checkpoint(taken[-1], "--resume")
+    return taken[-1]
 
 
 def named_run(path: str) -> Path:
     """The folder of a run that was named, by itself or by its `last.pt`.
 
     Raises:
-        ConfigError: there is no run, or it has saved nothing yet.
+        ConfigError: there is no run.
     """
     given = Path(path)
     if given.suffix == ".pt" and given.name != LAST:
@@ -47,7 +47,7 @@ def named_run(path: str) -> Path:
     folder = given.parent if given.suffix == ".pt" else given
     if not (folder / SETTINGS).is_file():
         raise ConfigError(f"--resume {path}: there is no run here (no {folder / SETTINGS})")
-    return _with_checkpoint(folder, f"--resume {path}")
+    return folder
 
 
 def write_settings(folder: Path, config: Config) -> None:
@@ -67,9 +67,3 @@ def _numbered(config: Config) -> list[Path]:
     while folders[-1].exists():
         folders.append(parent / f"{config.name}-{len(folders) + 1}")
     return folders
-
-
-def _with_checkpoint(folder: Path, flag: str) -> Path:
-    if not (folder / LAST).is_file():
-        raise ConfigError(f"{flag}: {folder} holds no {LAST}, so nothing to go on from; start it without --resume")
-    return folder

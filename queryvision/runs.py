@@ -27,7 +27,7 @@ from queryvision.errors import ConfigError, DataError
 from queryvision.inference.drawing import grid
 from queryvision.inference.predictor import Predictor
 from queryvision.model.query_model import QueryModel
-from queryvision.run_folder import SETTINGS, named_run, new_folder, newest_run, write_settings
+from queryvision.run_folder import LAST, SETTINGS, named_run, new_folder, newest_run, write_settings
 from queryvision.structures import Batch
 from queryvision.task import Evaluator, Task, resolve_task
 from queryvision.weights.sources import load_backbone
@@ -86,7 +86,10 @@ def train(
     else:
         chosen = load_config(task, config, overrides, settings)
         folder = newest_run(chosen) if resume else new_folder(chosen)
-    return _Run(chosen, folder).fit(resume is not False)
+    go_on = resume is not False and (folder / LAST).is_file()
+    if resume and not go_on:
+        print(f"{folder} has saved nothing yet: starting at step 0")
+    return _Run(chosen, folder).fit(go_on)
 
 
 class _Run:
@@ -198,7 +201,7 @@ def open_splits(config: Config, task: Task) -> tuple[CocoDataset, CocoDataset]:
     else:
         val = open_dataset(root, data.val_split, task.needs, data.strict)
         check_same_classes(train, val)
-    for split in (train, val):
+    for split in dict.fromkeys((train, val)):  # with a limit they are the same
         if split.warning():
             print(f"warning: {split.warning()}")
     if not train.max_objects:

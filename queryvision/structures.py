@@ -64,7 +64,7 @@ class Movable:
     """A dataclass of tensors that travels to a device as one."""
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
-        """Returns a copy whose tensors are on `device`; fields whose name ends in `pins` stay on the host."""
+        """Returns a copy whose tensors are on `device`."""
         moved = {f.name: _move(getattr(self, f.name), device, non_blocking) for f in fields(self)}  # type: ignore[arg-type]
         return replace(self, **moved)  # type: ignore[type-var]
 

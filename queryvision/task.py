@@ -155,11 +155,22 @@ def join(*tasks: Task) -> Task:
         summary="; ".join(t.summary for t in tasks),
         needs=tuple(dict.fromkeys(need for t in tasks for need in t.needs)),
         heads=heads,
+        steering=_joint_steering(tasks),
         draw=draw,
         records=records,
         evaluator=evaluator,
         main_metric="mean",
     )
+
+
+def _joint_steering(tasks: tuple[Task, ...]) -> Steering:
+    """For each part the first task's word that names a head; for quality all, in order."""
+
+    def first(part: str) -> str | None:
+        return next((name for task in tasks if (name := getattr(task.steering, part)) is not None), None)
+
+    quality = tuple(dict.fromkeys(name for task in tasks for name in task.steering.quality))
+    return Steering(first("rank"), first("first"), first("later"), first("hidden"), quality)
 
 
 class _JointEvaluator:

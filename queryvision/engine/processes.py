@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
@@ -18,8 +19,11 @@ def make_accelerator(settings: TrainSettings) -> Accelerator:
         ConfigError: another number of processes runs than was asked for, or the precision needs a GPU.
     """
     _check_processes(settings.devices)
-    pass  # else the precision of an earlier run in this process would stay
-    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(settings.precision, settings.precision))
+    AcceleratorState._reset_state()  # else the precision of an earlier run in this process would stay
+    precision = {"fp32": "no"}.get(settings.precision, settings.precision)
+    # Without a GPU, Accelerate joins the processes that torchrun started only if it is told to stay on the CPU.
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    accelerator = Accelerator(mixed_precision=precision, cpu=several and not torch.cuda.is_available())
     if settings.precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigError("train.precision = 'fp16': needs a GPU; on a CPU use fp32 or bf16")
     return accelerator

@@ -147,15 +147,16 @@ class TimmBackbone(Backbone):
         super().__init__()
         if not timm.is_model(name):
             raise ConfigError(f"there is no backbone '{name}'; {nearest(name, {*_resnets(), *timm.list_models()})}")
-        body: Any = timm.create_model(name, features_only=True, pretrained=False)
-        reductions: list[int] = body.feature_info.reduction()
-        channels: list[int] = body.feature_info.channels()
-        missing = set(strides) - set(reductions)
+        self.body: Any = timm.create_model(name, pretrained=False)
+        info = self.body.feature_info
+        levels = [(f["reduction"], f["num_chs"]) for f in (info if isinstance(info, list) else info.info)]
+        reductions = [reduction for reduction, _ in levels]
+        missing = sorted(set(strides) - set(reductions))
         if missing:
-            raise ConfigError(f"backbone '{name}' has no level of stride {sorted(missing)[0]}, only {sorted(set(reductions))}")
-        keep = tuple(reductions.index(stride) for stride in strides)
-        self.body = timm.create_model(name, features_only=True, pretrained=False, out_indices=keep)
-        self.channels = tuple(channels[index] for index in keep)
+            raise ConfigError(f"backbone '{name}' has no level of stride {missing}, only {reductions}")
+        self.indices = [reductions.index(stride) for stride in strides]
+        self.body.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
+        self.channels = tuple(levels[index][1] for index in self.indices)
         self.strides = tuple(strides)
         config = timm.get_pretrained_cfg(name)
         if config is not None:
@@ -186,7 +187,8 @@ class TimmBackbone(Backbone):
         """
         height, width = pixels.shape[-2:]
         stride = max(self.strides)
-        return list(self.body(F.pad(pixels, (0, -width % stride, 0, -height % stride))))
+        pixels = F.pad(pixels, (0, -width % stride, 0, -height % stride))
+        return list(self.body.forward_intermediates(pixels, indices=self.indices, intermediates_only=True, output_fmt="NCHW"))
 
 
 def make_backbone(

@@ -518,9 +518,13 @@ def test_resume_without_a_run(refused: Refused, run_copy: Path, tmp_path: Path) 
     refused("train", "--resume", tmp_path / "nowhere", says="there is no run here")
     refused("train", "--resume", run_copy / "best.pt", says="only last.pt")
     refused("train", "--resume", run_copy, "--config", "default", says="leave out --config")
+
+
+def test_a_run_that_saved_nothing_starts_over_in_its_folder(call: Call, run_copy: Path) -> None:
     (run_copy / "last.pt").unlink()
-    refused("train", "--resume", run_copy, says="holds no last.pt")
-    refused(*words, "--name", "tiny", "--resume", says="holds no last.pt")
+    done = call("train", "--resume", run_copy)
+    assert done.returncode == 0 and "saved nothing yet" in done.stdout
+    assert (run_copy / "last.pt").is_file()
 
 
 def test_resume_from_a_damaged_checkpoint(refused: Refused, run_copy: Path) -> None:
