@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from queryvision.inference.predictor import load as load
     from queryvision.results import Result as Result
     from queryvision.runs import train as train
-    from queryvision.trace import trace as trace
+    from queryvision.tracing import trace as trace
 
 _HOMES = {
     "load": "queryvision.inference.predictor",
@@ -29,7 +29,7 @@ _HOMES = {
     "evaluate": "queryvision.commands",
     "predict": "queryvision.commands",
     "convert": "queryvision.commands",
-    "trace": "queryvision.trace",
+    "trace": "queryvision.tracing",
     "Result": "queryvision.results",
 }
 __all__ = [*sorted(_HOMES), "__version__"]  # noqa: PLE0604

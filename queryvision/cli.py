@@ -62,7 +62,7 @@ def train(
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint of ours.")],
     data: Annotated[str | None, typer.Option(help="Folder of the data set. Without: what it was trained on.")] = None,
-    split: Annotated[str, typer.Option(help="Which part of it.")] = "val",
+    split: Annotated[str | None, typer.Option(help="Which part of it. Without: what training evaluated on.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
     save_json: Annotated[str | None, typer.Option(help="Write all results there, in COCO's results format.")] = None,
     evaluator: Annotated[str | None, typer.Option(help="auto, hotcoco or pycocotools.")] = None,
@@ -90,8 +90,8 @@ def predict(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint of ours.")],
     sources: Annotated[list[str], typer.Argument(help="Pictures, folders, glob patterns.")],
     output: Annotated[str, typer.Option("--output", "-o", help="Folder for overlays and results.json.")] = "predictions",
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="Least score.")] = 0.5,
-    json: Annotated[str | None, typer.Option("--json", help="Write the COCO results there instead.")] = None,
+    threshold: Annotated[float | None, typer.Option(min=0, max=1, help="Least score. Without: the checkpoint's.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the COCO results instead of a summary.")] = False,
     image_size: Annotated[int | None, typer.Option(help="Short side of the input in pixels.")] = None,
     debug: Debug = False,
 ) -> None:
@@ -109,7 +109,7 @@ def trace(
     debug: Debug = False,
 ) -> None:
     """Print the journey of an image through a model, measured on the running model."""
-    from queryvision.trace import trace as run
+    from queryvision.tracing import trace as run
 
     rows = run(config, image, task=task)
     widths = [max(len(r.part) for r in rows), max(len(r.shape) for r in rows)]

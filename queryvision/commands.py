@@ -26,10 +26,10 @@ from queryvision.weights import detr
 
 
 def evaluate(
-    checkpoint: str,
-    data: str | None = None,
+    checkpoint: str | Path,
+    data: str | Path | None = None,
     *,
-    split: str = "val",
+    split: str | None = None,
     save_json: str | None = None,
     evaluator: str | None = None,
     image_size: int | None = None,
@@ -42,7 +42,7 @@ def evaluate(
     Args:
         checkpoint: of ours.
         data: folder of the data set; None: the one it was trained on.
-        split: which part of it.
+        split: which part of it; None: what training evaluated on.
         save_json: write all results there, in COCO's results format.
         evaluator: `auto`, `hotcoco` or `pycocotools`.
         image_size: short side of the input; None: as in training.
@@ -59,11 +59,13 @@ def evaluate(
         CheckpointError: it is no checkpoint of ours.
     """
     loaded = load_model(checkpoint)
-    changes = {"data.path": data, "data.workers": workers, "data.image_size": image_size}
+    changes = {"data.path": None if data is None else str(data), "data.workers": workers, "data.image_size": image_size}
     config = changed(loaded.config, {**changes, "evaluation.batch_size": batch_size, "evaluation.evaluator": evaluator})
     results_file = None if save_json is None else writable_file(save_json)
     root = str(make_scenes()) if config.data.path is None else config.data.path
-    dataset = open_dataset(root, split, loaded.task.needs)
+    if data is None and not Path(root).exists():
+        raise DataError(f"{root}: what this checkpoint was trained on is not here; name a data set with --data")
+    dataset = open_dataset(root, split or config.data.val_split, loaded.task.needs)
     _report_classes(loaded, dataset, quiet)
     if dataset.warning() and not quiet:
         print(f"warning: {dataset.warning()}")
@@ -85,12 +87,12 @@ def _report_classes(loaded: Loaded, dataset: CocoDataset, quiet: bool) -> None:
 
 
 def predict(
-    checkpoint: str,
+    checkpoint: str | Path,
     sources: Sequence[str],
     output: str = "predictions",
     *,
-    threshold: float = 0.5,
-    json: str | None = None,
+    threshold: float | None = None,
+    json: bool = False,
     image_size: int | None = None,
 ) -> Path:
     """Draws results onto pictures.
@@ -99,8 +101,8 @@ def predict(
         checkpoint: of ours.
         sources: files, folders, glob patterns.
         output: folder for the overlays and `results.json` (COCO results format; `image_id` counts the pictures from 1).
-        threshold: least score.
-        json: write the results there instead of `output/results.json`.
+        threshold: least score; None: that of the checkpoint's settings.
+        json: print the results, too, and nothing else.
         image_size: short side of the input; None: as in training.
 
     Returns:
@@ -110,27 +112,38 @@ def predict(
         ConfigError: a number is out of range, or the results cannot be written.
         DataError: a picture cannot be read; the others are drawn.
     """
-    if not 0 <= threshold <= 1:
+    if threshold is not None and not 0 <= threshold <= 1:
         raise ConfigError(f"threshold = {threshold}: must be at least 0 and at most 1")
     predictor = Predictor(load_model(checkpoint), image_size=image_size)
     pictures, folder = find_pictures(sources), writable_folder(output)
-    results_file = writable_file(folder / "results.json" if json is None else json)
+    results_file = writable_file(folder / "results.json")
     unread: list[str] = []
     records: list[dict[str, Any]] = []
     images: list[dict[str, Any]] = []
+    taken = {path.resolve() for path in pictures}  # never draw over somebody's picture
     for index, (path, picture) in enumerate(_readable(pictures, unread), 1):
         result = predictor.predict(picture, threshold)
-        name = path.stem if all(i["drawn"] != f"{path.stem}.jpg" for i in images) else f"{path.stem}_{index}"
-        predictor.task.draw(Image.fromarray(picture), result).save(folder / f"{name}.jpg", quality=92)
+        drawn = _free(folder, path.stem, taken)
+        predictor.task.draw(Image.fromarray(picture), result).save(drawn, quality=92)
         records += predictor.task.records(result, index)
         height, width = result.size
-        images.append({"id": index, "file_name": str(path), "drawn": f"{name}.jpg", "width": width, "height": height})
+        images.append({"id": index, "file_name": str(path), "drawn": drawn.name, "width": width, "height": height})
     _write_results(folder, results_file, records, images, predictor.classes)
-    print(f"{len(images)} pictures, {len(records)} objects -> {folder}")
+    print(json_module.dumps(records) if json else f"{len(images)} pictures, {len(records)} objects -> {folder}")
     if unread:
         more = f" and {len(unread) - 5} more" if len(unread) > 5 else ""
         raise DataError(f"{len(unread)} of {len(pictures)} pictures cannot be read: {', '.join(unread[:5])}{more}")
     return folder
+
+
+def _free(folder: Path, stem: str, taken: set[Path]) -> Path:
+    """The first of `stem.jpg`, `stem_2.jpg` ... that is neither a source nor already drawn."""
+    name, count = folder / f"{stem}.jpg", 1
+    while name.resolve() in taken:
+        count += 1
+        name = folder / f"{stem}_{count}.jpg"
+    taken.add(name.resolve())
+    return name
 
 
 def _readable(pictures: Sequence[Path], unread: list[str]) -> Iterator[tuple[Path, NDArray[Any]]]:
@@ -152,7 +165,7 @@ def _write_results(
     (folder / "images.json").write_text(json_module.dumps({"images": images, "categories": categories}))
 
 
-def convert(source: str, family: str, output: str, *, dc5: bool | None = None) -> Path:
+def convert(source: str | Path, family: str, output: str | Path, *, dc5: bool | None = None) -> Path:
     """Turns a published checkpoint into one of ours.
 
     Args:
@@ -168,10 +181,11 @@ def convert(source: str, family: str, output: str, *, dc5: bool | None = None) -
     if family != "detr":
         raise ConfigError(f"--from {family}: no reader of that name. Valid: detr")
     writable_file(output)
-    found = detr.read(source, dc5)
+    found = detr.read(str(source), dc5)
     task = resolve_task(detr.TASK)
-    name = f"{found['model']['name']}_{'dc5_' if found['model']['dc5'] else ''}coco"
-    config = resolve(load_config(detr.TASK, name).model_copy(update={"model": found["model"]}), task)
+    config = resolve(
+        load_config(detr.TASK, f"{found['model']['name']}_coco").model_copy(update={"model": found["model"]}), task
+    )
     model = build_model(config, task, found["classes"])
     detr.fill(model, found["state"], model.heads.heads())
     content = {**header(config, task, found["classes"]), "model": model.state_dict(), "step": 0, "metrics": {}}

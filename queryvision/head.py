@@ -37,9 +37,7 @@ class View:
     points_base: Tensor | None = None  # `points` with their gradient
     stage: Stage = Stage("layer", last=True)
     previous: Answer | None = None  # its own answer of the layer before; at inference only of heads that steer
-    answers: Mapping[str, Answer] = field(
-        default_factory=dict
-    )  # of the heads before it at this stage; likewise before the last
+    answers: Mapping[str, Answer] = field(default_factory=dict)  # of the heads before it here; likewise
     context: Any = None  # what `prepare` returned
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from queryvision.assembly import build_model, header, load_model, resolve
@@ -98,9 +99,13 @@ class _Run:
     def __init__(self, config: Config, folder: Path) -> None:
         self.task: Task = resolve_task(config.task)
         self.config = resolve(config, self.task)
-        self.folder = folder
         self.accelerator = make_accelerator(self.config.train)
+        self.say = self.accelerator.print  # on the main process
+        # The first process may have made the folder already when the others look for a free one.
+        self.folder = Path(broadcast_object_list([str(folder)])[0])
         self.train_data, self.val_data = open_splits(self.config, self.task)
+        for line in data_warnings(self.train_data, self.val_data):
+            self.say(f"warning: {line}")
         self.classes = self.train_data.classes
         train, world = self.config.train, self.accelerator.num_processes
         self.plan = BatchPlan(
@@ -118,17 +123,18 @@ class _Run:
         torch.manual_seed(config.train.seed)
         model = build_model(config, self.task, self.classes)
         if not resume:
-            print(load_backbone(model.backbone, str(config.model.get("backbone", "")), config.weights))
+            self.say(load_backbone(model.backbone, config.weights))
         trainer = Trainer(
             model=model,
             criterion=Criterion(model.heads.heads(), model.steering),
             settings=config.train,
             steps=self.steps,
+            steps_per_epoch=self.steps_per_epoch,
             batches=self._batches,
             evaluate=self._evaluate,
             main_metric=self.task.main_metric,
             folder=folder,
-            header={**header(config, self.task, self.classes), "steps_per_epoch": self.steps_per_epoch},
+            header=header(config, self.task, self.classes),
             accelerator=self.accelerator,
         )
         if resume:
@@ -139,24 +145,24 @@ class _Run:
         progress = trainer.fit()
         if progress.skipped:
             where = config.data.path or "the drawn scenes"
-            print(f"warning: {progress.skipped} times an image could not be read; `qv data check {where}` lists them")
+            self.say(f"warning: {progress.skipped} times an image could not be read; `qv data check {where}` lists them")
         if self.accelerator.is_main_process:
             text = summary(self.task.name, config.model_dump(), self.steps, progress.seconds, progress.best_metrics)
             (folder / "summary.json").write_text(json.dumps(text, indent=2))
             self._picture(folder)
-            print(f"done: {folder}")
+            self.say(f"done: {folder}")
         return folder
 
     def _announce(self, model: QueryModel) -> None:
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         epochs = self.steps / self.steps_per_epoch
-        print(
+        self.say(
             f"{self.task.name}: {len(self.train_data)} training and {len(self.val_data)} validation images, "
             f"{len(self.classes)} classes, {parameters:.1f} M parameters, "
             f"{self.steps} steps ({epochs:.1f} epochs) -> {self.folder}"
         )
         if self.train_data.max_objects > model.num_queries:
-            print(
+            self.say(
                 f"warning: an image has {self.train_data.max_objects} objects but the model only {model.num_queries} queries; "
                 f"the rest cannot be found. Set model.num_queries to at least {self.train_data.max_objects}"
             )
@@ -201,18 +207,22 @@ def open_splits(config: Config, task: Task) -> tuple[CocoDataset, CocoDataset]:
     else:
         val = open_dataset(root, data.val_split, task.needs, data.strict)
         check_same_classes(train, val)
-    for split in dict.fromkeys((train, val)):  # with a limit they are the same
-        if split.warning():
-            print(f"warning: {split.warning()}")
     if not train.max_objects:
         raise DataError(f"{train.file}: holds no object to learn from in {len(train)} images; `qv data check {root}` tells why")
-    if not val.max_objects:
-        print(f"warning: {val.file}: holds no object, so nothing can be measured")
     return train, val
 
 
+def data_warnings(train: CocoDataset, val: CocoDataset) -> list[str]:
+    """What people should know about the data before they train on it."""
+    splits = (train,) if train is val else (train, val)  # with a limit they are the same
+    warnings = [text for split in splits if (text := split.warning())]
+    if not val.max_objects:
+        warnings.append(f"{val.file}: holds no object, so nothing can be measured")
+    return warnings
+
+
 def evaluate_model(
-    model: QueryModel, task: Task, classes: ClassMap, data: CocoDataset, config: Config, backend: str | None = None
+    model: QueryModel, task: Task, classes: ClassMap, data: CocoDataset, config: Config
 ) -> tuple[dict[str, float], Evaluator]:
     """Metrics of a model on a data set with the settings of a configuration."""
     settings = config.evaluation
@@ -224,4 +234,4 @@ def evaluate_model(
         settings.batch_size,
         config.data.workers,
     )
-    return evaluate(model, task, classes, batches, data.ground_truth(), settings.max_results, backend or settings.evaluator)
+    return evaluate(model, task, classes, batches, data.ground_truth(), settings.max_results, settings.evaluator)

@@ -46,8 +46,11 @@ def naming_errors(files: list[Path]) -> list[str]:
             words = []
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation:
                 words = re.findall(r"[a-z]+", node.value.lower())
-            elif isinstance(node, ast.Name | ast.Attribute | ast.arg):
-                words = re.findall(r"[a-z]+", str(getattr(node, "id", getattr(node, "attr", getattr(node, "arg", "")))).lower())
+            else:
+                found = [
+                    str(getattr(node, kind)) for kind in ("id", "attr", "arg", "name", "asname") if getattr(node, kind, None)
+                ]
+                words = re.findall(r"[a-z]+", " ".join(found).lower())
             errors += [f"{path.relative_to(ROOT)}:{node.lineno} names '{w}'" for w in words if w in TASKS]
     return errors
 

@@ -61,8 +61,8 @@ def evaluate(
     classes: ClassMap,
     batches: Iterable[tuple[Batch, list[ImageInfo]]],
     ground_truth: dict[str, Any],
-    limit: int = 100,
-    backend: str = "auto",
+    limit: int,
+    backend: str,
 ) -> tuple[dict[str, float], Evaluator]:
     """Metrics of a model on a data set.
 

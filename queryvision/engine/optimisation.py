@@ -44,10 +44,10 @@ def lr_factor(
     step: int,
     steps: int,
     schedule: Literal["cosine", "step", "flat"],
-    warmup: int = 0,
-    flat: float = 0.5,
-    final: float = 0.01,
-    drop_at: float = 2 / 3,
+    warmup: int,
+    flat: float,
+    final: float,
+    drop_at: float,
 ) -> float:
     """Share of the learning rate at an optimiser step (from 0).
 

@@ -7,39 +7,26 @@ so accumulation is done here (Accelerate would divide again) and the loss is mul
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from queryvision.config import TrainSettings
 from queryvision.criterion import Criterion
 from queryvision.engine.checkpoint import load_resumable, load_weights, save_checkpoint
 from queryvision.engine.optimisation import AveragedWeights, lr_factor, parameter_groups
 from queryvision.engine.processes import make_accelerator
+from queryvision.engine.progress import LOGGED, Metrics, Progress
+from queryvision.engine.randomness import image_generators, random_state, set_random_state
 from queryvision.engine.run_log import RunLog
-from queryvision.errors import CheckpointError, QueryVisionError
+from queryvision.errors import CheckpointError, ConfigError, QueryVisionError
 from queryvision.model.query_model import QueryModel
 from queryvision.structures import Batch
-
-Metrics = dict[str, float]
-
-
-@dataclass
-class Progress:
-    """Where a run stands; all of it travels in `last.pt`."""
-
-    step: int = 0
-    seconds: float = 0.0  # of training, evaluation apart
-    best: float | None = None
-    best_metrics: Metrics = field(default_factory=dict)
-    skipped: int = 0  # unreadable images met
-    sums: dict[str, Tensor] = field(default_factory=dict)  # losses since the last line of the log
 
 
 class Trainer:
@@ -50,6 +37,7 @@ class Trainer:
         criterion: of its heads.
         settings: how.
         steps: optimiser steps of the whole run.
+        steps_per_epoch: for the epoch column of the log.
         batches: step (counted in batches, from 0) -> endless iterator of batches of this rank.
         evaluate: model -> metrics.
         main_metric: of the metrics; more is better.
@@ -64,6 +52,7 @@ class Trainer:
         criterion: Criterion,
         settings: TrainSettings,
         steps: int,
+        steps_per_epoch: float,
         batches: Callable[[int], Iterator[Batch]],
         evaluate: Callable[[QueryModel], Metrics],
         main_metric: str,
@@ -72,7 +61,8 @@ class Trainer:
         accelerator: Accelerator | None = None,
     ) -> None:
         self.accelerator = accelerator or make_accelerator(settings)
-        self.settings, self.steps, self.folder, self.header = settings, steps, folder, header
+        self.settings, self.steps, self.steps_per_epoch = settings, steps, steps_per_epoch
+        self.folder, self.header = folder, header
         self.criterion, self.batches, self.evaluate, self.main_metric = criterion, batches, evaluate, main_metric
         model.to(self.accelerator.device)
         groups = parameter_groups(model, settings.lr, settings.backbone_lr, settings.weight_decay)
@@ -80,6 +70,8 @@ class Trainer:
         self.plain = model
         self.average = AveragedWeights(model, settings.ema, settings.ema_warmup) if settings.ema else None
         self.model, self.optimizer = self.accelerator.prepare(model, torch.optim.AdamW(groups, fused=True))
+        # Accelerate puts autocast around `forward`; here it stands around the training step, so that evaluation is float32.
+        model.__dict__.pop("forward", None)
         self.progress = Progress()
         self.rng: dict[str, Any] | None = None  # of a checkpoint
         self.log: RunLog
@@ -94,8 +86,13 @@ class Trainer:
         start = self.progress.step
         self.log = RunLog(self.folder, self.steps, start, self.accelerator.is_main_process)
         batches = self.batches(start * self.settings.accumulate)
-        self._set_rng()  # after the loader, which draws from the global generator when it starts
+        # After the loader, which draws from the global generator when it starts.
+        set_random_state(self.rng, self.accelerator.device, self.settings.seed, self.accelerator.process_index, start)
         try:
+            if self.progress.owed is not None:
+                self._write(start, {**self.progress.owed, **self._evaluate(start)})
+                self.progress.owed = None
+                self._save()
             for step in range(start, self.steps):
                 self._step(step, batches)
                 self._after(step + 1)
@@ -123,7 +120,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(self.plain)
-        self.progress.step = step + 1
+        self.progress.step, self.progress.summed = step + 1, self.progress.summed + 1
         self.log.advance(step + 1, sum(len(b.images.pixels) for b in waiting) * self.accelerator.num_processes)
         self.progress.seconds += time.perf_counter() - began
 
@@ -161,41 +158,55 @@ class Trainer:
     def _after(self, step: int) -> None:
         """Log, evaluate, save; in this order, so that what a checkpoint follows is already written."""
         s, final = self.settings, step == self.steps
+        evaluating, saving = (step % every == 0 or final for every in (s.eval_every, s.save_every))
         values: Metrics = {}
         if step % s.log_every == 0 or final:
             values = self._read_losses(step)
-        if step % s.eval_every == 0 or final:
+        elif evaluating or saving:
+            self._check_finite(step, {"loss": float(self.progress.sums["loss"])})
+        if evaluating:
             try:
                 values |= self._evaluate(step)
             except QueryVisionError:
+                self.progress.owed = values
                 self._save()  # the steps so far are not lost
                 raise
         if values:
-            self.log.row(step, {"epoch": step / max(1, self.header["steps_per_epoch"]), **values})
-        if step % s.save_every == 0 or final:
+            self._write(step, values)
+        if saving:
             self._save()
 
+    def _write(self, step: int, values: Metrics) -> None:
+        self.log.row(step, {"epoch": step / self.steps_per_epoch, **values})
+
     def _read_losses(self, step: int) -> Metrics:
-        """Means since the last line; the only place where the host waits for losses."""
-        since = (step - 1) % self.settings.log_every + 1
+        """Means since the last line; here the host waits for losses."""
         names = list(self.progress.sums)
-        means = (torch.stack([self.progress.sums[n] for n in names]) / since).tolist()
-        self.progress.sums = {}
-        values = {name if name == "loss" else f"loss/{name}": value for name, value in zip(names, means, strict=True)}
+        means = torch.stack([self.progress.sums[n] for n in names]) / self.progress.summed
+        if self.accelerator.num_processes > 1:  # each rank has its share of losses divided by the counts of all
+            means = self.accelerator.reduce(means, "sum")
+        self.progress.sums, self.progress.summed = {}, 0
+        values = {n if n == "loss" else f"loss/{n}": value for n, value in zip(names, means.tolist(), strict=True)}
         lr = self.optimizer.param_groups[0]["lr"]
         self.log.status(step, values["loss"], lr)
-        if not all(torch.isfinite(torch.tensor(v)) for v in values.values()):
-            bad = next(name for name, value in values.items() if not torch.isfinite(torch.tensor(value)) and name != "loss")
-            raise QueryVisionError(
-                f"step {step}: {bad} is not finite; the last checkpoint is kept. Try a lower --lr or --precision fp32"
-            )
+        self._check_finite(step, values)
         return {"lr": lr, **values}
+
+    @staticmethod
+    def _check_finite(step: int, values: Metrics) -> None:
+        """Before anything is saved; the most telling name is the last."""
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            raise QueryVisionError(
+                f"step {step}: {bad[-1]} is not finite; the last checkpoint is kept. Try a lower --lr or --precision fp32"
+            )
 
     def _evaluate(self, step: int) -> Metrics:
         """Metrics of the averaged weights; the best so far are kept in `best.pt`."""
         began = time.perf_counter()
         model = self.plain if self.average is None else cast(QueryModel, self.average.model)
-        with torch.random.fork_rng():
+        device = self.accelerator.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             metrics = self.evaluate(model)
         value = metrics.get(self.main_metric, 0.0)
         if self.progress.best is None or value > self.progress.best:
@@ -220,12 +231,11 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "step": p.step,
             "metrics": p.best_metrics,
-            "rng": {
-                "torch": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            },
-            "log": {"seconds": p.seconds, "best": p.best, "skipped": p.skipped, "sums": p.sums},
+            "rng": random_state(self.accelerator.device),
+            "log": {key: getattr(p, key) for key in LOGGED},
         }
+        if self.accelerator.scaler is not None:
+            content["scaler"] = self.accelerator.scaler.state_dict()
         if self.average is not None:
             content |= {"ema": self.average.model.state_dict(), "ema_updates": self.average.updates}
         save_checkpoint(self.folder / "last.pt", content)
@@ -235,6 +245,7 @@ class Trainer:
 
         Raises:
             CheckpointError: it is damaged, or was made with other classes, another model or another optimiser.
+        ConfigError: it is further than the run is to go.
         """
         path = self.folder / "last.pt"
         state = load_resumable(path, self.header["classes"])
@@ -245,22 +256,12 @@ class Trainer:
             raise CheckpointError(f"{path}: its optimiser trained other parts; keep the settings as they were") from error
         if self.average is not None:
             self.average.load(state.get("ema", state["model"]), state.get("ema_updates", 0))
-        log, device = state["log"], self.accelerator.device
-        sums = {key: value.to(device) for key, value in log["sums"].items()}
-        self.progress = Progress(state["step"], log["seconds"], log["best"], state["metrics"], log["skipped"], sums)
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = self.settings.weight_decay
+        if self.accelerator.scaler is not None and "scaler" in state:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if state["step"] > self.steps:
+            raise ConfigError(f"{path}: the run is already at step {state['step']}; --steps {self.steps} must be at least that")
+        self.progress = Progress(step=state["step"], best_metrics=state["metrics"], **state["log"])
+        self.progress.sums = {key: value.to(self.accelerator.device) for key, value in self.progress.sums.items()}
         self.rng = state["rng"]
-
-    def _set_rng(self) -> None:
-        """The generators of a checkpoint, or fresh ones that differ from rank to rank."""
-        if self.rng is None:
-            torch.manual_seed(self.settings.seed + self.accelerator.process_index)
-        else:
-            torch.set_rng_state(self.rng["torch"])
-            if self.rng["cuda"] and torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(self.rng["cuda"])
-
-
-def image_generators(seed: int, step: int, image_ids: tuple[int, ...], device: torch.device) -> list[torch.Generator]:
-    """A generator for each image of a step, whatever rank or place in the batch it has."""
-    base = (seed * 1_000_003 + step) * 1_000_003
-    return [torch.Generator(device).manual_seed((base + image_id) % 2**63) for image_id in image_ids]

@@ -58,17 +58,17 @@ class Predictor:
         return self.loaded.classes
 
     @overload
-    def predict(self, source: Picture, threshold: float = ...) -> Result: ...  # type: ignore[overload-overlap]  # str is a Sequence
+    def predict(self, source: Picture, threshold: float | None = ...) -> Result: ...  # type: ignore[overload-overlap]  # str is a Sequence
 
     @overload
-    def predict(self, source: Sequence[Picture], threshold: float = ...) -> list[Result]: ...
+    def predict(self, source: Sequence[Picture], threshold: float | None = ...) -> list[Result]: ...
 
-    def predict(self, source: Picture | Sequence[Picture], threshold: float = 0.5) -> Result | list[Result]:
+    def predict(self, source: Picture | Sequence[Picture], threshold: float | None = None) -> Result | list[Result]:
         """Looks at one picture or several.
 
         Args:
             source: a path, a PIL image, an RGB array (H,W,3) uint8, or a list of these.
-            threshold: least score of a result; 0 keeps all.
+            threshold: least score of a result, 0 keeps all; None: that of the checkpoint's settings.
 
         Returns:
             One result, or a list of them for a list; boxes and masks in pixels of the original picture.
@@ -80,8 +80,9 @@ class Predictor:
             return next(self.stream([source], threshold))
         return list(self.stream(source, threshold))
 
-    def stream(self, sources: Sequence[Picture], threshold: float = 0.5) -> Iterator[Result]:
+    def stream(self, sources: Sequence[Picture], threshold: float | None = None) -> Iterator[Result]:
         """Results in the order of the sources; pictures that follow each other with equal input size are batched."""
+        threshold = self.loaded.config.evaluation.threshold if threshold is None else threshold
         samples = (self._sample(source, index) for index, source in enumerate(sources))
         for _, same in groupby(samples, key=lambda sample: sample.image.shape):
             waiting: list[Sample] = []
@@ -100,7 +101,7 @@ class Predictor:
         return self.transform(Sample(image, Annotations.empty(), index, (height, width), path), 0)
 
     def _look(self, samples: list[Sample], threshold: float) -> list[Result]:
-        batch = collate(samples, len(self.classes), ("labels", "boxes"))
+        batch = collate(samples, len(self.classes), ())
         sizes = torch.tensor([sample.original_size for sample in samples])
         paths = [sample.path for sample in samples]
         images = batch.images.to(self.device)

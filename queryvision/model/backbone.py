@@ -26,11 +26,13 @@ class Backbone(nn.Module):
     """Turns pixels into maps, finest level first.
 
     Attributes:
+        name: of its architecture, torchvision's or timm's.
         channels: C_l of each level.
         strides: input pixels per cell of each level.
         mean, std: what its weights expect pixels (0..1, RGB) to be normalised by.
     """
 
+    name: str
     channels: tuple[int, ...]
     strides: tuple[int, ...]
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -39,10 +41,6 @@ class Backbone(nn.Module):
     def maps(self, pixels: Tensor) -> list[Tensor]:
         """(B,3,H,W) normalised -> L x (B,C_l,H_l,W_l)."""
         raise NotImplementedError(f"{type(self).__name__} must define maps(pixels)")
-
-    def parts(self) -> Iterator[tuple[str, nn.Module]]:
-        """(name, module) from the image upwards, for freezing."""
-        yield from ()
 
     def forward(self, images: ImageBatch) -> Features:
         """Maps and their padding; `images.pixels` must be normalised."""
@@ -89,9 +87,11 @@ class ResNet(Backbone):
             replace_stride_with_dilation=[False, False, dilated],
         )
         self.levels = tuple(levels)
-        self.body = nn.ModuleDict({k: m for k, m in body.named_children() if k not in ("avgpool", "fc")})
-        widths = [self._width(stage) for stage in (1, 2, 3, 4)]
-        self.channels = tuple(widths[level - 1] for level in self.levels)
+        self.name = name
+        self.stages = range(1, max(self.levels) + 1)  # what lies behind the last level would never get a gradient
+        kept = ["conv1", "bn1", *(f"layer{stage}" for stage in self.stages)]
+        self.body = nn.ModuleDict({part: body.get_submodule(part) for part in kept})
+        self.channels = tuple(self._width(level) for level in self.levels)
         self.strides = tuple(16 if dilated and level == 4 else 2 ** (level + 1) for level in self.levels)
         for _, part in list(self.parts())[:freeze]:
             part.requires_grad_(False)
@@ -103,9 +103,9 @@ class ResNet(Backbone):
         return last.out_channels
 
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
-        """The stem, then the four stages."""
+        """(name, module) from the image upwards: the stem, then the stages."""
         yield "stem", nn.ModuleList([self.body["conv1"], self.body["bn1"]])
-        for stage in (1, 2, 3, 4):
+        for stage in self.stages:
             yield f"layer{stage}", self.body[f"layer{stage}"]
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
@@ -113,7 +113,7 @@ class ResNet(Backbone):
         x = F.relu(conv_norm(cast(nn.Conv2d, self.body["conv1"]), self.body["bn1"], pixels), inplace=True)
         x = F.max_pool2d(x, 3, 2, 1)
         maps = []
-        for stage in range(1, max(self.levels) + 1):
+        for stage in self.stages:
             for block in cast(nn.Sequential, self.body[f"layer{stage}"]):
                 x = _residual(block, x)
             if stage in self.levels:
@@ -147,15 +147,16 @@ class TimmBackbone(Backbone):
         super().__init__()
         if not timm.is_model(name):
             raise ConfigError(f"there is no backbone '{name}'; {nearest(name, {*_resnets(), *timm.list_models()})}")
-        self.body: Any = timm.create_model(name, pretrained=False)
-        info = self.body.feature_info
+        body: Any = timm.create_model(name, pretrained=False)
+        self.name, self.body = name, body
+        info = body.feature_info
         levels = [(f["reduction"], f["num_chs"]) for f in (info if isinstance(info, list) else info.info)]
         reductions = [reduction for reduction, _ in levels]
         missing = sorted(set(strides) - set(reductions))
         if missing:
             raise ConfigError(f"backbone '{name}' has no level of stride {missing}, only {reductions}")
         self.indices = [reductions.index(stride) for stride in strides]
-        self.body.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
+        body.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
         self.channels = tuple(levels[index][1] for index in self.indices)
         self.strides = tuple(strides)
         config = timm.get_pretrained_cfg(name)
@@ -192,7 +193,7 @@ class TimmBackbone(Backbone):
 
 
 def make_backbone(
-    name: str, strides: Sequence[int] = (32,), frozen_norm: bool = True, dilated: bool = False, freeze: int = 2
+    name: str, strides: Sequence[int] = (32,), frozen_norm: bool = True, dilated: bool = False, freeze: int | None = None
 ) -> Backbone:
     """A backbone by its name: torchvision's ResNets, everything else from timm.
 
@@ -201,7 +202,7 @@ def make_backbone(
         strides: levels wanted, by stride.
         frozen_norm: constant batch-norm statistics.
         dilated: see `ResNet`.
-        freeze: see `ResNet`.
+        freeze: see `ResNet`; None: 2 for a ResNet, as DETR; timm's models are trained whole.
 
     Raises:
         ConfigError: nobody knows the name, or it has no such level.
@@ -213,9 +214,13 @@ def make_backbone(
         if dilated and name in ("resnet18", "resnet34"):
             raise ConfigError(f"backbone '{name}' cannot be dilated (dc5); resnet50 and larger can")
         levels = [RESNET_STRIDES.index(stride) + 1 for stride in strides]
-        return ResNet(name, levels, frozen_norm, dilated, freeze)
+        return ResNet(name, levels, frozen_norm, dilated, 2 if freeze is None else freeze)
     if dilated:
         raise ConfigError(f"backbone '{name}' cannot be dilated (dc5); take stride 16, or a resnet50")
+    if freeze:
+        raise ConfigError(
+            f"model.freeze = {freeze}: backbone '{name}' is trained whole, or with train.backbone_lr=0 not at all"
+        )
     return TimmBackbone(name, strides, frozen_norm)
 
 

@@ -5,7 +5,6 @@ A builder takes `heads` and `steering` first; its keyword arguments are the sett
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -31,7 +30,7 @@ def detr(
     backbone: str = "resnet50",
     stride: int = 32,
     frozen_norm: bool = True,
-    freeze: int = 2,
+    freeze: int | None = None,
     dc5: bool = False,
     width: int = 256,
     num_queries: int = 100,
@@ -49,7 +48,7 @@ def detr(
         backbone: torchvision's or timm's name.
         stride: of the level that becomes the memory.
         frozen_norm: constant batch-norm statistics; False for a backbone that starts from random weights.
-        freeze: parts of the backbone, from the image upwards, that are not trained.
+        freeze: parts of a ResNet, from the image upwards, that are not trained; None: the stem and the first stage.
         dc5: last stage of the ResNet at stride 16, by dilation.
         width: D.
         num_queries: the most objects an image can get.
@@ -64,7 +63,7 @@ def detr(
     """
     _check_sizes(width, num_heads, dropout)
     _check_at_least(1, num_queries=num_queries, decoder_layers=decoder_layers, ffn_width=ffn_width)
-    _check_at_least(0, encoder_layers=encoder_layers, freeze=freeze)
+    _check_at_least(0, encoder_layers=encoder_layers, freeze=freeze or 0)
     trunk = make_backbone(backbone, (stride,), frozen_norm, dc5, freeze)
     heads = heads(Sizes(width, decoder_layers)) if callable(heads) else heads
     slots = sum(head.slots for head in heads)
@@ -114,7 +113,6 @@ def detr_small(
         backbone=backbone,
         stride=stride,
         frozen_norm=frozen_norm,
-        freeze=0,
         width=width,
         num_queries=num_queries,
         encoder_layers=encoder_layers,
@@ -154,9 +152,3 @@ def _check_sizes(width: int, num_heads: int, dropout: float) -> None:
         raise ConfigError(f"model.width = {width}: is not divisible by model.num_heads = {num_heads}")
     if not 0 <= dropout < 1:
         raise ConfigError(f"model.dropout = {dropout}: must be at least 0 and below 1")
-
-
-def published_defaults(build: Callable[..., QueryModel]) -> dict[str, object]:
-    """Keyword arguments of a builder and their defaults."""
-    parameters = inspect.signature(build).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from queryvision.engine.checkpoint import FORMAT, read_file
 from queryvision.errors import CheckpointError, ConfigError, nearest
-from queryvision.model.backbone import Backbone, ResNet, TimmBackbone
+from queryvision.model.backbone import Backbone
 
 PACKAGED = "tf_efficientnet_lite0"
 PACKAGED_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -31,12 +31,11 @@ UNREACHABLE = (OSError, ValueError, HTTPException)
 """What a URL can raise: no network, no such host or file, no URL at all."""
 
 
-def load_backbone(backbone: Backbone, name: str, source: str) -> str:
+def load_backbone(backbone: Backbone, source: str) -> str:
     """Fills a backbone with pretrained weights.
 
     Args:
         backbone: to be filled.
-        name: of its architecture.
         source: `none`; `imagenet` (the package that ships EfficientNet-Lite0, torchvision's or timm's default);
             `torchvision:ResNet50_Weights.IMAGENET1K_V1`; `timm:NAME`; a path or a URL of a plain state dict.
 
@@ -49,6 +48,7 @@ def load_backbone(backbone: Backbone, name: str, source: str) -> str:
     """
     if source == "none":
         return "backbone: random weights"
+    name = backbone.name
     state = _state(name, source)
     body: nn.Module = backbone.get_submodule("body")
     missing, unused = _fill(body, state)
@@ -177,12 +177,8 @@ def _plain_state(content: Any, source: str) -> dict[str, Tensor]:
 def _fill(body: nn.Module, state: dict[str, Tensor]) -> tuple[list[str], list[str]]:
     """Copies by name; batch counters do not count."""
     own = body.state_dict()
-    # timm's feature extractors join nested names by underscores (blocks.0 -> blocks_0 in some models).
     usable = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
     body.load_state_dict(usable, strict=False)
     missing = [key for key in own if key not in usable and not key.endswith("num_batches_tracked")]
     unused = sorted({key.split(".")[0] for key in state if key not in own and not key.endswith("num_batches_tracked")})
     return missing, unused
-
-
-__all__ = ["ResNet", "TimmBackbone", "fetch", "load_backbone", "packaged_efficientnet_lite0"]

@@ -7,21 +7,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import TINY, Call, Done, Run
 
 from queryvision import cli
 from queryvision.data.scenes import make_scenes
-
-TINY = (
-    "--set", "model.name=detr", "--set", "model.backbone=resnet18", "--set", "model.width=32", "--set", "model.num_heads=4",
-    "--set", "model.ffn_width=64", "--set", "model.encoder_layers=1", "--set", "model.decoder_layers=2",
-    "--set", "model.num_queries=12", "--image-size", "64", "--batch-size", "4", "--weights", "none",
-)  # fmt: skip
-"""Flags of a model that trains a step in a tenth of a second."""
 
 
 @pytest.fixture(scope="session")
@@ -50,9 +43,6 @@ def spoil(scenes: Path) -> Callable[..., Path]:
     return change
 
 
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
 @pytest.fixture
 def qv() -> Run:
     """Runs the command line in a process of its own."""
@@ -62,18 +52,6 @@ def qv() -> Run:
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
 
     return run
-
-
-@dataclass
-class Done:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-Call = Callable[..., Done]
 
 
 @pytest.fixture

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import typer
 import yaml
-from conftest import Call
 from PIL import Image
+from tiny import Call
 
 import queryvision
-from queryvision import cli, commands, config, describe, runs, trace
+from queryvision import cli, commands, config, describe, runs, tracing
 from queryvision.assembly import resolve
 from queryvision.data.check import check
 from queryvision.data.scenes import make_scenes
@@ -69,7 +69,7 @@ def test_help(call: Call) -> None:
     [
         (cli.evaluate, commands.evaluate, {"json": "quiet"}),  # printing is the command line's matter, keeping quiet is not
         (cli.predict, commands.predict, {}),
-        (cli.trace, trace.trace, {}),
+        (cli.trace, tracing.trace, {}),
         (cli.convert, commands.convert, {}),
         (cli.config, describe.describe, {"set_": "settings"}),
         (cli.data_make, make_scenes, {"output": "root"}),
@@ -203,18 +203,25 @@ def test_predict_on_files_folders_and_patterns(call: Call, trained: Path, drawn_
     assert all(record["category_id"] in known and 0 <= record["score"] <= 1 for record in records)
 
 
-def test_predict_writes_its_results_elsewhere(call: Call, trained: Path, drawn_once: Path, tmp_path: Path) -> None:
-    words = (
-        drawn_once / "images" / "val_00000.png",
-        "--threshold",
-        "0",
-        "-o",
-        tmp_path / "out",
-        "--json",
-        tmp_path / "r" / "x.json",
+def test_predict_prints_its_results(call: Call, trained: Path, drawn_once: Path, tmp_path: Path) -> None:
+    picture = drawn_once / "images" / "val_00000.png"
+    done = call("predict", trained / "best.pt", picture, "--threshold", "0", "-o", tmp_path / "out", "--json")
+    assert done.code == 0
+    assert (
+        json.loads(done.out) == json.loads((tmp_path / "out" / "results.json").read_text()) and len(json.loads(done.out)) == 12
     )
-    assert call("predict", trained / "best.pt", *words).code == 0
-    assert len(json.loads((tmp_path / "r" / "x.json").read_text())) == 12 and not (tmp_path / "out" / "results.json").exists()
+
+
+def test_predict_never_draws_over_its_source(call: Call, trained: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (60, 60), "green").save(tmp_path / "a.jpg")
+    before = (tmp_path / "a.jpg").read_bytes()
+    assert call("predict", trained / "best.pt", tmp_path, "-o", tmp_path).code == 0
+    assert (tmp_path / "a.jpg").read_bytes() == before and (tmp_path / "a_2.jpg").exists()
+
+
+def test_public_names_stay_what_they_are() -> None:
+    for name in ("trace", "train", "load", "evaluate", "predict", "convert", "Result"):
+        assert callable(getattr(queryvision, name)) and getattr(queryvision, name) is getattr(queryvision, name)
 
 
 def equal(a: Result, b: Result) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import TINY, Run
+from tiny import TINY, Run
 
 import queryvision
 from queryvision.engine.checkpoint import load_checkpoint

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from queryvision.cli import app
 from queryvision.errors import ConfigError
 from queryvision.tasks.detection import detr_small
-from queryvision.trace import Step, trace, trace_model
+from queryvision.tracing import Step, trace, trace_model
 
 DOC = Path(__file__).parents[2] / "docs" / "how_detr_works.md"
 

@@ -171,6 +171,30 @@ def test_convert_gives_a_checkpoint_of_ours_with_the_coco_classes(published_file
     torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
 
 
+def test_every_variant_converts(tmp_path: Path) -> None:
+    import queryvision
+
+    for name, builder in (("detr_r50", builders.detr_r50), ("detr_r101", builders.detr_r101)):
+        for dc5 in (False, True):
+            model = builder(lambda sizes: [LabelHead(sizes.width, 91), BoxHead(sizes.width)], dc5=dc5)
+            path = tmp_path / f"{name}{'-dc5' if dc5 else ''}.pth"
+            torch.save({"model": published_names(model)}, path)
+            loaded = queryvision.load(queryvision.convert(path, "detr", tmp_path / f"{path.stem}.pt"))
+            config = loaded.loaded.config.model
+            assert (config["name"], config["dc5"], loaded.model.backbone.strides) == (name, dc5, (16 if dc5 else 32,))
+            for key, value in model.state_dict().items():
+                assert torch.equal(value, loaded.model.state_dict()[key]), key
+
+
+def published_names(model: QueryModel) -> dict[str, Tensor]:
+    """Our state dict under the published names, by turning the reader's answer around."""
+    theirs = published_detr_state(tiny_peer(num_labels=91, full=True))
+    ours_of = {key: next(iter(reader.rename({key: value}, model.heads.heads()))) for key, value in theirs.items()}
+    deeper = [key for key in model.state_dict() if key not in ours_of.values() and "layer3" in key]
+    names = {ours: theirs for theirs, ours in ours_of.items()} | {k: k.replace("backbone.", "backbone.0.", 1) for k in deeper}
+    return {names[key]: value for key, value in model.state_dict().items()}
+
+
 def test_the_reader_tells_r50_r101_and_dc5_apart(published_file: Path, tmp_path: Path) -> None:
     assert reader.read(str(published_file))["model"] == {"name": "detr_r50", "dc5": False, "num_queries": 100}
     named = tmp_path / "detr-r50-dc5-0.pth"

@@ -1,0 +1,35 @@
+"""Random numbers of a run: what a checkpoint remembers, and a generator for each image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The global generators of this process: of the host, and of its GPU if it has one."""
+    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+
+
+def set_random_state(state: dict[str, Any] | None, device: torch.device, seed: int, rank: int, step: int) -> None:
+    """Goes on from a checkpoint's generators, or starts fresh ones that differ from rank to rank.
+
+    Args:
+        state: of `random_state`, which only rank 0 saves; None: a new run.
+        device: of this process.
+        seed: of the run.
+        rank: of this process.
+        step: where the run stands.
+    """
+    torch.manual_seed(seed + rank + 1_000_003 * step)
+    if state is not None and rank == 0:
+        torch.set_rng_state(state["torch"])
+        if state["cuda"] is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def image_generators(seed: int, step: int, image_ids: tuple[int, ...], device: torch.device) -> list[torch.Generator]:
+    """A generator for each image of a step, whatever rank or place in the batch it has."""
+    base = (seed * 1_000_003 + step) * 1_000_003
+    return [torch.Generator(device).manual_seed((base + image_id) % 2**63) for image_id in image_ids]
