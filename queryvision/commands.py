@@ -20,7 +20,7 @@ from queryvision.engine.checkpoint import save_checkpoint
 from queryvision.errors import ConfigError, DataError
 from queryvision.inference.predictor import Predictor, as_array, find_pictures
 from queryvision.outputs import writable_file, writable_folder
-from queryvision.runs import evaluate_model
+from queryvision.splits import evaluate_model
 from queryvision.task import resolve_task
 from queryvision.weights import detr
 

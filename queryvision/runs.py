@@ -6,7 +6,6 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -15,22 +14,19 @@ from PIL import Image
 from queryvision.assembly import build_model, header, load_model, resolve
 from queryvision.config import Config, load_config
 from queryvision.criterion import Criterion
-from queryvision.data.classes import ClassMap
-from queryvision.data.coco import CocoDataset, check_same_classes, open_dataset
-from queryvision.data.loader import BatchPlan, evaluation_loader, train_loader
-from queryvision.data.scenes import make_scenes
-from queryvision.data.transforms import evaluation_transform, training_transform
-from queryvision.engine.evaluation import evaluate
+from queryvision.data.loader import BatchPlan, train_loader
+from queryvision.data.transforms import training_transform
 from queryvision.engine.processes import make_accelerator
 from queryvision.engine.run_log import summary
 from queryvision.engine.trainer import Trainer
-from queryvision.errors import ConfigError, DataError
+from queryvision.errors import ConfigError
 from queryvision.inference.drawing import grid
 from queryvision.inference.predictor import Predictor
 from queryvision.model.query_model import QueryModel
 from queryvision.run_folder import LAST, SETTINGS, named_run, new_folder, newest_run, write_settings
+from queryvision.splits import data_warnings, evaluate_model, open_splits
 from queryvision.structures import Batch
-from queryvision.task import Evaluator, Task, resolve_task
+from queryvision.task import Task, resolve_task
 from queryvision.weights.sources import load_backbone
 
 FLAGS = {
@@ -56,18 +52,44 @@ def train(
     task: str | None = None,
     config: str | None = None,
     *,
-    resume: bool | str = False,
+    data: str | Path | None = None,
+    steps: int | None = None,
+    epochs: float | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    image_size: int | None = None,
+    weights: str | None = None,
+    devices: int | None = None,
+    precision: str | None = None,
+    workers: int | None = None,
+    seed: int | None = None,
+    name: str | None = None,
+    output: str | Path | None = None,
+    strict: bool | None = None,
+    resume: bool | str | Path = False,
     settings: Sequence[str] = (),
-    **flags: Any,
 ) -> Path:
     """Trains, evaluates and leaves a run folder.
 
     Args:
         task: name of the task; None: of the configuration, else `detection`.
         config: name of a preset or a YAML file; None: the task's default.
+        data: folder of the data set; None: of the configuration, else the embedded drawn scenes.
+        steps: optimiser steps.
+        epochs: passes over the data, instead of steps.
+        batch_size: images a step and device.
+        lr: learning rate.
+        image_size: short side of the input in pixels.
+        weights: none, imagenet, torchvision:NAME, timm:NAME, a path or a URL.
+        devices: number of processes the run must have.
+        precision: fp32, bf16 or fp16.
+        workers: processes that read images.
+        seed: of everything random.
+        name: of the run, a folder under `output`/`task`.
+        output: folder of all runs.
+        strict: refuse data with a bad annotation.
         resume: go on with the newest run of this name, or with a given run folder, whose own settings count.
-        settings: `section.key=value`.
-        **flags: the keys of `FLAGS`.
+        settings: `section.key=value`, any other setting.
 
     Returns:
         The run folder.
@@ -75,14 +97,16 @@ def train(
     Raises:
         ConfigError, DataError, CheckpointError: one line says what is wrong.
     """
-    unknown = set(flags) - set(FLAGS)
-    if unknown:
-        raise TypeError(f"train() got unknown arguments {sorted(unknown)}; everything else goes into settings=[...]")
+    flags = {
+        "data": _text(data), "steps": steps, "epochs": epochs, "batch_size": batch_size, "lr": lr, "image_size": image_size,
+        "weights": weights, "devices": devices, "precision": precision, "workers": workers, "seed": seed, "name": name,
+        "output": _text(output), "strict": strict,
+    }  # fmt: skip
     overrides = {FLAGS[key]: value for key, value in flags.items()}
-    if isinstance(resume, str):
+    if not isinstance(resume, bool):
         if config is not None:
             raise ConfigError(f"--resume {resume}: a run brings its own configuration; leave out --config {config}")
-        folder = named_run(resume)
+        folder = named_run(str(resume))
         chosen = load_config(task, str(folder / SETTINGS), overrides, settings)
     else:
         chosen = load_config(task, config, overrides, settings)
@@ -91,6 +115,10 @@ def train(
     if resume and not go_on:
         print(f"{folder} has saved nothing yet: starting at step 0")
     return _Run(chosen, folder).fit(go_on)
+
+
+def _text(path: str | Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 class _Run:
@@ -190,48 +218,3 @@ class _Run:
         results = predictor.predict([sample.image for sample in samples], self.config.evaluation.threshold)
         drawn = [self.task.draw(Image.fromarray(s.image), r) for s, r in zip(samples, results, strict=True)]
         grid(drawn, 4).save(folder / "predictions.png")
-
-
-def open_splits(config: Config, task: Task) -> tuple[CocoDataset, CocoDataset]:
-    """Training and validation data of a configuration; the drawn scenes where no path is given.
-
-    Raises:
-        DataError: they cannot be read, are empty, or disagree about their classes.
-    """
-    data = config.data
-    root = str(make_scenes()) if data.path is None else data.path
-    train = open_dataset(root, data.train_split, task.needs, data.strict)
-    if data.limit:
-        train = train.subset(data.limit)
-        val = train
-    else:
-        val = open_dataset(root, data.val_split, task.needs, data.strict)
-        check_same_classes(train, val)
-    if not train.max_objects:
-        raise DataError(f"{train.file}: holds no object to learn from in {len(train)} images; `qv data check {root}` tells why")
-    return train, val
-
-
-def data_warnings(train: CocoDataset, val: CocoDataset) -> list[str]:
-    """What people should know about the data before they train on it."""
-    splits = (train,) if train is val else (train, val)  # with a limit they are the same
-    warnings = [text for split in splits if (text := split.warning())]
-    if not val.max_objects:
-        warnings.append(f"{val.file}: holds no object, so nothing can be measured")
-    return warnings
-
-
-def evaluate_model(
-    model: QueryModel, task: Task, classes: ClassMap, data: CocoDataset, config: Config
-) -> tuple[dict[str, float], Evaluator]:
-    """Metrics of a model on a data set with the settings of a configuration."""
-    settings = config.evaluation
-    batches = evaluation_loader(
-        data,
-        evaluation_transform(config.data.image_size),
-        len(data.classes),
-        task.needs,
-        settings.batch_size,
-        config.data.workers,
-    )
-    return evaluate(model, task, classes, batches, data.ground_truth(), settings.max_results, settings.evaluator)

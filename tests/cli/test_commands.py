@@ -94,7 +94,8 @@ def test_every_command_has_a_python_twin(
 
 def test_train_has_a_python_twin() -> None:
     mine, theirs = options(cli.train), options(runs.train)
-    assert {name for name in mine if name not in theirs} - {"set_", "debug"} == set(runs.FLAGS)
+    assert set(mine) - {"set_", "debug"} == set(theirs) - {"settings"} == {*runs.FLAGS, "task", "config", "resume"}
+    assert all(default in (None, False, ()) for default in theirs.values())
     assert all(default is None for name, default in mine.items() if name not in ("strict", "debug"))
     assert all(name in config.Config.model_fields or "." in name for name in runs.FLAGS.values())
 
