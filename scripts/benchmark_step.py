@@ -57,6 +57,13 @@ def images_of(pixels: torch.Tensor) -> ImageBatch:
     return ImageBatch(pixels, padding, False, torch.tensor([[height, width]] * batch))
 
 
+def update(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Clipping and the optimiser's step, the same on both sides."""
+    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 0.1)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
 class Ours:
     """DETR-R50 of this project."""
 
@@ -70,9 +77,7 @@ class Ours:
         self.model.train()
         losses = self.criterion(self.model(images_of(pixels), targets), targets)
         losses.total.backward()
-        torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], 0.1)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        update(self.model, self.optimizer)
 
     def infer(self, pixels: torch.Tensor) -> None:
         self.model.eval()
@@ -108,9 +113,7 @@ class Transformers:
         self.model.train()
         labels = [{"class_labels": c, "boxes": b} for c, b in zip(targets["labels"], targets["boxes"], strict=True)]
         self.model(pixels, labels=labels).loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], 0.1)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        update(self.model, self.optimizer)
 
     def infer(self, pixels: torch.Tensor) -> None:
         self.model.eval()

@@ -17,9 +17,9 @@ from queryvision.data.classes import ClassMap
 from queryvision.data.coco_file import DUPLICATE_IMAGE, image_table, load, real_categories
 from queryvision.data.images import is_turned, read_image
 from queryvision.data.packed import ImageTable, Objects
+from queryvision.data.sample import Annotations, Sample
 from queryvision.data.segmentation import rasterise
 from queryvision.errors import DataError
-from queryvision.structures import Annotations, Sample
 
 
 class CocoDataset:

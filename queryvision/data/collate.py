@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from queryvision.data.sample import Sample
 from queryvision.errors import DataError
-from queryvision.structures import Batch, ImageBatch, Sample, Targets
+from queryvision.structures import Batch, ImageBatch, Targets
 
 ALWAYS = ("labels", "boxes", "areas")
 

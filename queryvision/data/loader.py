@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from queryvision.data.collate import collate
 from queryvision.data.plan import BatchPlan
+from queryvision.data.sample import Sample
 from queryvision.errors import DataError
-from queryvision.structures import Batch, Sample
+from queryvision.structures import Batch
 
 __all__ = ["BatchPlan", "ImageInfo", "Loader", "collate", "evaluation_loader", "train_loader"]
 

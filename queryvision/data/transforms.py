@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from queryvision.data.albumentations import A
 from queryvision.data.resizing import Flip, RandomCrop, ShortSide, resized_size
+from queryvision.data.sample import Annotations, Sample
 from queryvision.errors import ConfigError, nearest
-from queryvision.structures import Annotations, Sample
 
 FlipPairs = Sequence[tuple[int, int]]
 PRESETS = ("detr", "light", "none")

@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image
 
 from queryvision.data.coco import CocoDataset
+from queryvision.data.sample import Sample
 from queryvision.errors import DataError
 from queryvision.inference import drawing
 from queryvision.outputs import writable_file
-from queryvision.structures import Sample
 
 CELL = 480  # px, longest side of a picture on the sheet
 

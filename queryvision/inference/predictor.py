@@ -17,11 +17,11 @@ from queryvision.config import changed
 from queryvision.data.classes import ClassMap
 from queryvision.data.images import DAMAGED, read_image, rgb_array
 from queryvision.data.loader import collate
+from queryvision.data.sample import Annotations, Sample
 from queryvision.data.transforms import evaluation_transform
 from queryvision.engine.evaluation import results_of
 from queryvision.errors import DataError
 from queryvision.results import Result
-from queryvision.structures import Annotations, Sample
 
 Picture = str | Path | Image.Image | NDArray[Any]
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}

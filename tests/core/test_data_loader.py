@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from queryvision.data.loader import BatchPlan, collate, evaluation_loader, train_loader
+from queryvision.data.sample import Annotations, Sample
 from queryvision.data.transforms import evaluation_transform, training_transform
 from queryvision.errors import DataError
-from queryvision.structures import Annotations, Batch, Sample
+from queryvision.structures import Batch
 
 NEEDS = ("masks", "keypoints", "speed")
 

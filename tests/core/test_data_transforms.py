@@ -15,9 +15,9 @@ from PIL import Image
 
 from queryvision.data.albumentations import A
 from queryvision.data.resizing import Flip, RandomCrop, ShortSide, resized_size
+from queryvision.data.sample import Annotations, Sample
 from queryvision.data.transforms import EvaluationTransform, Transform, evaluation_transform, training_transform
 from queryvision.errors import ConfigError
-from queryvision.structures import Annotations, Sample
 
 PAIRS = [(0, 1)]
 
