@@ -80,7 +80,11 @@ def test_ctrl_c(call: Call, monkeypatch: pytest.MonkeyPatch, command: str, hint:
 
     monkeypatch.setattr("queryvision.runs.train", interrupted)
     monkeypatch.setattr("queryvision.commands.evaluate", interrupted)
-    done = call(command, *(["x.pt"] if command == "eval" else []))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        done = call(command, *(["x.pt"] if command == "eval" else []))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert done.code == 130 and len(done.err.splitlines()) == 1
     assert done.err.startswith("qv: interrupted") and ("--resume" in done.err) == hint
 
