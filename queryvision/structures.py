@@ -106,6 +106,7 @@ class Features:
 
     maps: list[Tensor]  # L x (B,C_l,H_l,W_l)
     paddings: list[Tensor | None]  # L x (B,H_l,W_l) bool, True = padding; None: nothing is padded
+    padding: Tensor | None = None  # (B,H,W) of the image itself, from which further levels get theirs
 
 
 @dataclass

@@ -47,8 +47,12 @@ class Backbone(nn.Module):
         maps = self.maps(images.pixels.contiguous(memory_format=torch.channels_last))
         if not images.padded:
             return Features(maps, [None] * len(maps))
-        padding = images.padding[:, None].float()
-        return Features(maps, [F.interpolate(padding, m.shape[-2:])[:, 0].bool() for m in maps])
+        return Features(maps, [resized_padding(images.padding, m) for m in maps], images.padding)
+
+
+def resized_padding(padding: Tensor, like: Tensor) -> Tensor:
+    """The image's padding (B,H,W) at the size of a map (B,C,H_l,W_l), by the nearest pixel -> (B,H_l,W_l)."""
+    return F.interpolate(padding[:, None].float(), like.shape[-2:])[:, 0].bool()
 
 
 def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:

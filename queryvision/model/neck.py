@@ -23,4 +23,4 @@ class Projection(nn.Module):
 
     def forward(self, features: Features) -> Features:
         """Maps (B,C_l,H_l,W_l) -> (B,D,H_l,W_l); padding as it was."""
-        return Features([conv(m) for conv, m in zip(self.levels, features.maps, strict=True)], features.paddings)
+        return Features([conv(m) for conv, m in zip(self.levels, features.maps, strict=True)], features.paddings, features.padding)
