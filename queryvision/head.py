@@ -31,7 +31,7 @@ class View:
     state: Tensor  # (B,Q,D) after the decoder's norm
     raw: Tensor | None = None  # (B,Q,D) before it
     slots: Tensor | None = None  # (B,Q,P,D) the head's own slots, normed
-    anchors: Tensor | None = None  # (B,Q,2|4) what the layer looked around, 0..1, detached
+    anchors: Tensor | None = None  # (B,Q,2|4) what the layer looked around, 0..1; detached, unless learned queries brought it
     points: Tensor | None = None  # (B,Q,P,2) the same of the head's own slots
     base: Tensor | None = None  # `anchors` with their gradient
     points_base: Tensor | None = None  # `points` with their gradient
@@ -52,12 +52,24 @@ class Feedback:
 
 @dataclass
 class DenoisingPlan:
-    """Which target each denoising query starts from; on the host."""
+    """Which target each denoising query starts from; on the host, unless `to` moved it."""
 
     target: Tensor  # (B,Q) int64, index of the target; VOID in padding
     positive: Tensor  # (B,Q) bool, False: noised so far that it must learn to say no
     group: Tensor  # (Q,) int64
     num_groups: int
+
+    def to(self, device: torch.device) -> DenoisingPlan:
+        """A copy on `device`."""
+        target, positive, group = (v.to(device, non_blocking=True) for v in (self.target, self.positive, self.group))
+        return DenoisingPlan(target, positive, group, self.num_groups)
+
+    def of(self, values: Tensor) -> Tensor:
+        """What each query's target has: rows of a target field (B,T,...) -> (B,Q,...); VOID gets the first target's, or 0."""
+        if not values.shape[1]:
+            return values.new_zeros(*self.target.shape, *values.shape[2:])
+        index = self.target.clamp(min=0).view(*self.target.shape, *[1] * (values.ndim - 2))
+        return values.gather(1, index.expand(*self.target.shape, *values.shape[2:]))
 
 
 @dataclass
@@ -70,11 +82,35 @@ class Noise:
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """What a head must fit: width D of the states, number of decoder layers."""
+class Fit:
+    """What a head must fit; the builder says it, an architecture's choices are nobody's settings.
+
+    Attributes:
+        width: D of the states.
+        num_layers: decoder layers.
+        per_layer: weights of its own for each decoder layer, instead of one set for all.
+        proposals: "none"; "one": a further set for proposals that only tell object from no object; "all": for all classes.
+        anchors: coordinates of what the first layer looks around; 0: nothing.
+        refines: "state" or "raw": what the next layer's anchors are computed from.
+        look_twice: answers start from the anchors with their gradient (look forward twice, arXiv 2203.03605).
+        eps: least share at which anchors are turned into logits.
+        denoising: targets come back as queries, so what describes them needs weights.
+    """
 
     width: int
-    num_layers: int
+    num_layers: int = 1
+    per_layer: bool = False
+    proposals: Literal["none", "one", "all"] = "none"
+    anchors: Literal[0, 2, 4] = 0
+    refines: Literal["state", "raw"] = "state"
+    look_twice: bool = False
+    eps: float = 1e-5
+    denoising: bool = False
+
+    @staticmethod
+    def of(fit: Fit | int) -> Fit:
+        """A plain number is a width, with DETR's choices."""
+        return Fit(fit) if isinstance(fit, int) else fit
 
 
 class Head(nn.Module):
@@ -86,6 +122,8 @@ class Head(nn.Module):
         matched_by: "stage", or "union": its losses use the pairs that any stage of the same queries found.
         weights: weight of every term that `loss` returns.
         published: {family: {their prefix: own prefix}} of its parameters in published checkpoints.
+        class_rows: patterns (`re.fullmatch`, within the head) of its parameters whose first axis is the classes, perhaps with
+            further rows behind them; fine-tuning on other classes carries their rows over by class name.
     """
 
     name: str
@@ -93,6 +131,7 @@ class Head(nn.Module):
     matched_by: Literal["stage", "union"] = "stage"
     weights: dict[str, float]
     published: ClassVar[dict[str, dict[str, str]]] = {}
+    class_rows: ClassVar[tuple[str, ...]] = ()
 
     def prepare(self, scene: Scene) -> Any:
         """Whatever its stages share of one batch; default None."""
@@ -111,7 +150,7 @@ class Head(nn.Module):
         raise NotImplementedError(f"head '{self.name}' cannot rank proposals: it has no rank(answer)")
 
     def noise(self, targets: Targets, plan: DenoisingPlan, generators: Sequence[torch.Generator] | None) -> Noise | None:
-        """What the denoising queries of `plan` start from; None: nothing of its own."""
+        """What the denoising queries of `plan` (on the targets' device) start from; None: nothing of its own."""
         return None
 
     def count(self, targets: Targets, num_queries: int, repeats: int = 1) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Literal, Self
 
 import torch
@@ -118,6 +119,11 @@ class Memory:
     shapes: tuple[tuple[int, int], ...]  # L x (H_l,W_l), N is the sum of their products
     padding: Tensor | None  # (B,N) bool, True = padding; None: nothing is padded
     valid_ratios: Tensor  # (B,L,2) float32, unpadded share of (width, height) on each level
+
+    @cached_property
+    def placed(self) -> Tensor:
+        """Tokens with their positions (B,N,D), the keys of dense attention; made when first asked for."""
+        return self.tokens + self.positions
 
 
 @dataclass

@@ -15,7 +15,7 @@ from torch import Tensor
 from queryvision.config import arguments
 from queryvision.data.classes import ClassMap
 from queryvision.errors import ConfigError, nearest
-from queryvision.head import Head, Sizes, Steering
+from queryvision.head import Fit, Head, Steering
 from queryvision.results import Result
 from queryvision.structures import Picks, Round
 
@@ -26,12 +26,12 @@ class HeadSpec:
 
     Attributes:
         type: the class.
-        takes: what its constructor takes first, in order: `width`, `num_layers` (see `Sizes`), `num_classes`.
+        takes: what its constructor takes first, in order: `fit` (see `Fit`), `num_classes`.
         settings: the task's own choice of its keyword arguments; a configuration may change them.
     """
 
     type: type[Head]
-    takes: tuple[str, ...] = ("width",)
+    takes: tuple[str, ...] = ("fit",)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -77,7 +77,7 @@ class Task:
     records: Callable[[Result, int], list[dict[str, Any]]]
     main_metric: str = "AP"
 
-    def make_heads(self, num_classes: int, settings: Mapping[str, Mapping[str, Any]]) -> Callable[[Sizes], list[Head]]:
+    def make_heads(self, num_classes: int, settings: Mapping[str, Mapping[str, Any]]) -> Callable[[Fit], list[Head]]:
         """What a builder calls to get the heads.
 
         Args:
@@ -96,8 +96,8 @@ class Task:
             for name, spec in self.heads.items()
         }
 
-        def make(sizes: Sizes) -> list[Head]:
-            given = {"width": sizes.width, "num_layers": sizes.num_layers, "num_classes": num_classes}
+        def make(fit: Fit) -> list[Head]:
+            given = {"fit": fit, "num_classes": num_classes}
             return [spec.type(*(given[key] for key in spec.takes), **chosen[name]) for name, spec in self.heads.items()]
 
         return make

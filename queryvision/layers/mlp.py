@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,6 +22,11 @@ class MLP(nn.Module):
         super().__init__()
         sizes = [width, *[hidden] * (num_layers - 1), out]
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True))
+
+    @property
+    def last(self) -> nn.Linear:
+        """Its last layer."""
+        return cast(nn.Linear, self.layers[-1])
 
     def forward(self, x: Tensor) -> Tensor:
         """(...,width) -> (...,out)."""

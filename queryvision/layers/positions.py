@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+
+from queryvision.layers.mlp import MLP
 
 
 def sine_embedding(coordinates: Tensor, width: int, temperature: float = 10000.0) -> Tensor:
@@ -32,14 +35,16 @@ class SinePositions(nn.Module):
     Args:
         width: channels D, half for y (first) and half for x.
         temperature: see `sine_embedding`.
+        offset: taken off the count of pixels; 0.5 puts positions at the middle of their cell (Deformable DETR).
     """
 
-    def __init__(self, width: int, temperature: float = 10000.0) -> None:
+    def __init__(self, width: int, temperature: float = 10000.0, offset: float = 0.0) -> None:
         super().__init__()
         if width % 4:
             raise ValueError(f"sine positions need a width divisible by 4, got {width}")
         self.width = width
         self.temperature = temperature
+        self.offset = offset
 
     def forward(self, padding: Tensor | None, shape: tuple[int, int, int], like: Tensor) -> Tensor:
         """Positions of one level.
@@ -59,6 +64,42 @@ class SinePositions(nn.Module):
         else:
             real = ~padding
             y, x = real.cumsum(1, dtype=torch.float32), real.cumsum(2, dtype=torch.float32)
-        y = y / (y[:, -1:] + 1e-6) * 2 * math.pi
-        x = x / (x[:, :, -1:] + 1e-6) * 2 * math.pi
+        y = (y - self.offset) / (y[:, -1:] + 1e-6) * 2 * math.pi
+        x = (x - self.offset) / (x[:, :, -1:] + 1e-6) * 2 * math.pi
         return sine_embedding(torch.stack((y, x), -1), self.width // 2, self.temperature).flatten(1, 2).to(like.dtype)
+
+
+class AnchorPositions(nn.Module):
+    """Positions of queries from what they look around (arXiv 2201.12329): sines of the coordinates, then two linear layers.
+
+    Args:
+        width: D.
+        coordinates: 4, or 2 for anchors without a size.
+        num_slots: P; slots have points (x, y) and layers of their own.
+    """
+
+    def __init__(self, width: int, coordinates: int = 4, num_slots: int = 0) -> None:
+        super().__init__()
+        self.width = width
+        self.anchors = MLP(width // 2 * coordinates, width, width, 2)
+        self.points = MLP(width, width, width, 2) if num_slots else None
+
+    def forward(self, anchors: Tensor, points: Tensor | None, ratios: Tensor) -> Tensor:
+        """Positions (B,Q,1+P,D).
+
+        Args:
+            anchors: (B,Q,2|4) 0..1 of the unpadded image.
+            points: (B,Q,P,2).
+            ratios: (B,2) unpadded share of width and height.
+        """
+        scale = ratios[:, None] * 2 * math.pi
+        own = self.anchors(self._sines(anchors, scale, self.anchors))[:, :, None]
+        if self.points is None or points is None:
+            return own  # type: ignore[no-any-return]
+        return torch.cat((own, self.points(self._sines(points, scale[:, :, None], self.points))), 2)
+
+    def _sines(self, places: Tensor, scale: Tensor, mlp: MLP) -> Tensor:
+        """(...,2|4) -> (...,D|2D): y before x, then width and height (DINO:models/dino/utils.py)."""
+        scaled = places * scale.repeat(*[1] * (scale.ndim - 1), places.shape[-1] // 2)
+        order = [1, 0, 2, 3][: places.shape[-1]]
+        return sine_embedding(scaled[..., order], self.width // 2).to(cast(nn.Linear, mlp.layers[0]).weight.dtype)

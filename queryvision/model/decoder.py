@@ -6,63 +6,19 @@ Legend: B images, Q queries, P slots, N memory tokens, D width. True in a mask m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from queryvision.head import Feedback
 from queryvision.layers.attention import Attention, FeedForward
+from queryvision.layers.positions import AnchorPositions
+from queryvision.model.cross_attention import Look
 from queryvision.ops.dropout import dropout
 from queryvision.structures import Memory, Queries, Stage
 
-
-@dataclass(frozen=True)
-class Look:
-    """Where a layer's queries may look, and from where."""
-
-    memory: Memory
-    keys: Tensor  # (B,N,D) memory tokens with their positions
-    anchors: Tensor | None = None  # (B,Q,2|4) 0..1, detached
-    points: Tensor | None = None  # (B,Q,P,2)
-    base: Tensor | None = None  # anchors with their gradient
-    points_base: Tensor | None = None
-    hidden: Tensor | None = None  # (B,Q,N)
-    unseen: Tensor | None = None  # (B or 1,Q,Q) which queries cannot see which
-
-
 Ask = Callable[[Stage, Tensor, Tensor, Look], Feedback]
 """(stage, normed states (B,Q,1+P,D), raw states, look) -> what the heads tell the next layer."""
-
-
-class DenseCrossAttention(nn.Module):
-    """Every query and slot looks at every token of the memory.
-
-    Args:
-        width: D.
-        num_heads: attention heads.
-        dropout: of the attention weights.
-    """
-
-    def __init__(self, width: int, num_heads: int, dropout: float) -> None:
-        super().__init__()
-        self.attention = Attention(width, num_heads, dropout)
-
-    def forward(self, states: Tensor, positions: Tensor, look: Look) -> Tensor:
-        """(B,Q,1+P,D) -> (B,Q,1+P,D)."""
-        queries = (states + positions).flatten(1, 2)
-        out: Tensor = self.attention(queries, look.keys, look.memory.tokens, self._hidden(look, states.shape[2]))
-        return out.view_as(states)
-
-    @staticmethod
-    def _hidden(look: Look, slots: int) -> Tensor | None:
-        """Padding and what a head hides, (B,1 or Q*(1+P),N); who has everything hidden may look at all that is no padding."""
-        padding = None if look.memory.padding is None else look.memory.padding[:, None]
-        if look.hidden is None:
-            return padding
-        hidden = look.hidden if padding is None else look.hidden | padding
-        everything = hidden.all(-1, keepdim=True)
-        hidden = hidden & ~everything if padding is None else (hidden & ~everything) | padding
-        return hidden.repeat_interleave(slots, 1)
 
 
 class DecoderLayer(nn.Module):
@@ -123,12 +79,12 @@ class Decoder(nn.Module):
     Args:
         layers: in order.
         norm: applied to what the heads see; the next layer takes the states before it.
-        positions: anchors and points -> positions (B,Q,1+P,D), where queries do not bring their own.
+        positions: makes positions of anchors and points before every layer, where queries do not bring their own.
         initial: whether heads are also asked before the first layer (Mask2Former).
     """
 
     def __init__(
-        self, layers: Sequence[nn.Module], norm: nn.Module, positions: nn.Module | None = None, initial: bool = False
+        self, layers: Sequence[nn.Module], norm: nn.Module, positions: AnchorPositions | None = None, initial: bool = False
     ) -> None:
         super().__init__()
         self.initial = initial
@@ -148,35 +104,43 @@ class Decoder(nn.Module):
         Returns:
             The last layer's states (B,Q,1+P,D), normed.
         """
-        look = Look(memory, memory.tokens + memory.positions, unseen=unseen)
-        look = _around(look, queries.anchors, queries.points, queries.base, queries.points_base)
+        look = start(queries, memory, unseen)
         states = normed = queries.states
         if self.initial:
             look = steer(look, ask(Stage("initial"), self.norm(states), states, look))
         for index, layer in enumerate(self.layers):
-            positions = queries.positions if self.positions is None else self.positions(look, states.shape[2])
-            assert positions is not None, "queries without positions need a decoder that makes them"
-            states = layer(states, positions, look)
+            states = layer(states, self._positions(queries, look), look)
             normed = self.norm(states)
             feedback = ask(Stage("layer", index, last=index == len(self.layers) - 1), normed, states, look)
             look = steer(look, feedback)
         return normed
 
+    def _positions(self, queries: Queries, look: Look) -> Tensor:
+        """(B,Q,1+P,D)."""
+        if self.positions is not None:
+            assert look.anchors is not None, "positions are made of anchors, and these queries have none"
+            return self.positions(look.anchors, look.points, look.memory.valid_ratios[:, 0])  # type: ignore[no-any-return]
+        assert queries.positions is not None, "queries without positions need a decoder that makes them"
+        return queries.positions
+
+
+def start(queries: Queries, memory: Memory, unseen: Tensor | None) -> Look:
+    """The first layer's look: anchors and points as the queries bring them, learned ones with their gradient."""
+    return Look(
+        memory,
+        anchors=queries.anchors,
+        points=queries.points,
+        base=queries.anchors if queries.base is None else queries.base,
+        points_base=queries.points if queries.points_base is None else queries.points_base,
+        unseen=unseen,
+    )
+
 
 def steer(look: Look, feedback: Feedback) -> Look:
     """The next layer's look: new anchors and points are detached here, and kept with their gradient as `base`."""
-    anchors = look.anchors if feedback.anchors is None else feedback.anchors
-    points = look.points if feedback.points is None else feedback.points
-    base = look.base if feedback.anchors is None else feedback.anchors
-    points_base = look.points_base if feedback.points is None else feedback.points
-    return _around(replace(look, hidden=feedback.hidden), anchors, points, base, points_base)
-
-
-def _around(look: Look, anchors: Tensor | None, points: Tensor | None, base: Tensor | None, points_base: Tensor | None) -> Look:
-    return replace(
-        look,
-        anchors=None if anchors is None else anchors.detach(),
-        points=None if points is None else points.detach(),
-        base=anchors if base is None else base,
-        points_base=points if points_base is None else points_base,
-    )
+    look = replace(look, hidden=feedback.hidden)
+    if feedback.anchors is not None:
+        look = replace(look, anchors=feedback.anchors.detach(), base=feedback.anchors)
+    if feedback.points is not None:
+        look = replace(look, points=feedback.points.detach(), points_base=feedback.points)
+    return look

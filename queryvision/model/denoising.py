@@ -32,7 +32,8 @@ class Denoising(nn.Module):
         super().__init__()
         self.num_queries = num_queries
         self.negatives = negatives
-        self.states = nn.Parameter(torch.randn(1 + num_slots, width))
+        self.width = width
+        self.slots = nn.Parameter(torch.randn(num_slots, width)) if num_slots else None
 
     def num_groups(self, counts: Sequence[int]) -> int:
         """G for a batch: known from the number of targets alone."""
@@ -59,10 +60,11 @@ class Denoising(nn.Module):
         """Appends the denoising group; it sees itself and the main group, which does not see it."""
         plan = self.plan(targets.counts)
         batch, size = plan.target.shape
-        states = self.states.expand(batch, size, -1, -1)
-        noise = _gather(panel, targets, plan, generators)
-        if noise.content is not None:
-            states = torch.cat((states[:, :, :1] + noise.content[:, :, None], states[:, :, 1:]), 2)
+        noise = _gather(panel, targets, plan.to(targets.valid.device), generators)
+        nothing = queries.states.new_zeros(batch, size, 1, self.width)
+        states = nothing if noise.content is None else noise.content[:, :, None]
+        if self.slots is not None:
+            states = torch.cat((states, self.slots.expand(batch, size, -1, -1)), 2)
         pins = torch.where(plan.positive | (plan.target == VOID), plan.target, NONE)
         group = QueryGroup("denoising", size, pins, ("main",), plan.num_groups, plan.num_groups)
         return replace(

@@ -27,11 +27,13 @@ class Positions(nn.Module):
 
     Args:
         width: D.
+        temperature: see `SinePositions`.
+        offset: see `SinePositions`.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, temperature: float = 10000.0, offset: float = 0.0) -> None:
         super().__init__()
-        self.sine = SinePositions(width)
+        self.sine = SinePositions(width, temperature, offset)
 
     def forward(self, features: Features) -> Tensor:
         """L x (B,D,H_l,W_l) -> (B,N,D), or (1,N,D) where nothing is padded."""
@@ -88,8 +90,12 @@ class DenseEncoder(nn.Module):
         hidden = None if padding is None else padding[:, None]
         for layer in self.layers:
             tokens = layer(tokens, positions, hidden)
-        shapes = tuple((m.shape[-2], m.shape[-1]) for m in features.maps)
-        return Memory(tokens, positions, shapes, padding, valid_ratios(features))
+        return Memory(tokens, positions, map_shapes(features), padding, valid_ratios(features))
+
+
+def map_shapes(features: Features) -> tuple[tuple[int, int], ...]:
+    """L x (H_l,W_l)."""
+    return tuple((m.shape[-2], m.shape[-1]) for m in features.maps)
 
 
 def memory_padding(features: Features) -> Tensor | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from queryvision.errors import ConfigError
 from queryvision.head import Feedback, Head, Scene, Steering, View
-from queryvision.model.decoder import Look
+from queryvision.model.cross_attention import Look
 from queryvision.structures import Answer, Stage
 
 
@@ -62,10 +62,12 @@ class Panel(nn.ModuleDict):
         look: Look | None,
         previous: Mapping[str, Answer],
         contexts: Mapping[str, Any],
+        only_rank: bool = False,
     ) -> tuple[dict[str, Answer], Feedback]:
         """Asks the heads at one stage.
 
-        Before the last layer only those are asked that steer, unless the model is in training mode.
+        Before the last layer only those are asked that steer, unless the model is in training mode. What the last layer's
+        heads would tell a next one is not asked for.
 
         Args:
             stage: where in the model.
@@ -74,6 +76,7 @@ class Panel(nn.ModuleDict):
             look: what the layer looked around; None: nothing.
             previous: answers of the stage before.
             contexts: of `prepare`.
+            only_rank: ask only the head that ranks, and those before it.
 
         Returns:
             {head: answer} and the feedback of those who steer.
@@ -81,21 +84,33 @@ class Panel(nn.ModuleDict):
         answers: dict[str, Answer] = {}
         feedback = Feedback()
         points: dict[str, Tensor] = {}
-        for name, head in self.heads().items():
-            if not (self.training or stage.last or self._steers(name, stage)):
-                continue
+        for name, head in self._asked(stage, only_rank).items():
             view = self._view(name, stage, normed, raw, look, previous.get(name), answers, contexts.get(name))
             said = head(view)
             if said is None:
                 continue
             answers[name] = said
-            if self._steers(name, stage):
+            if self._steers(name, stage) and not (stage.last or only_rank):
                 told = head.feedback(said, view)
                 self._take(feedback, name, told, stage)
                 if head.slots and told.points is not None:
                     points[name] = told.points
         feedback.points = self.side_by_side(points, None if look is None else look.points_base)
         return answers, feedback
+
+    def _asked(self, stage: Stage, only_rank: bool) -> dict[str, Head]:
+        heads = self.heads()
+        if only_rank:
+            if self.steering.rank is None:
+                raise ConfigError("queries chosen among proposals need a head that ranks them: name it in the steering")
+            names = list(heads)
+            return {name: heads[name] for name in names[: names.index(self.steering.rank) + 1]}
+        return {n: head for n, head in heads.items() if self.training or stage.last or self._steers(n, stage)}
+
+    def rank(self, answers: Mapping[str, Answer]) -> Tensor:
+        """How promising each proposal is (B,N), as the head says that ranks."""
+        assert self.steering.rank is not None, "nobody ranks"
+        return self.heads()[self.steering.rank].rank(answers[self.steering.rank])
 
     def side_by_side(self, said: Mapping[str, Tensor], before: Tensor | None = None) -> Tensor | None:
         """Points of all slots (B,Q,P,2), each head's in its own span.

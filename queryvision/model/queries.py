@@ -1,4 +1,4 @@
-"""Where queries come from: learned ones (DETR), or the most promising places of the memory (two-stage).
+"""Queries that are learned (DETR), learned with a place (Deformable DETR), or carried along; selected ones: `proposals`.
 
 Legend: B images, Q queries, P slots, N memory tokens, D width.
 """
@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from queryvision.model.decoder import Look
-from queryvision.model.groups import make_rounds
 from queryvision.model.panel import Panel
-from queryvision.structures import FREE, Memory, Queries, QueryGroup, Stage
+from queryvision.structures import FREE, Memory, Queries, QueryGroup
 
 
 @dataclass
@@ -59,67 +57,35 @@ class LearnedQueries(nn.Module):
         )
 
 
-class SelectedQueries(nn.Module):
-    """Two-stage queries (arXiv 2010.04159): every memory token proposes, a head ranks, the best become queries.
-
-    Their anchors are what the first-anchor head proposed, detached; their states are learned (mixed selection,
-    arXiv 2203.03605).
+class AnchoredQueries(nn.Module):
+    """Learned queries with a learned place to look from (Deformable DETR without proposals, arXiv 2010.04159).
 
     Args:
-        num_queries: Q, at most the number of memory tokens is used.
+        num_queries: Q.
         width: D.
-        num_slots: P.
+        num_slots: P; slots start from learned states and positions of their own, at the query's place.
     """
 
     def __init__(self, num_queries: int, width: int, num_slots: int = 0) -> None:
         super().__init__()
         self.num_queries = num_queries
-        self.project = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width)
+        self.positions = nn.Parameter(torch.randn(num_queries, 1 + num_slots, width))
         self.states = nn.Parameter(torch.randn(num_queries, 1 + num_slots, width))
+        self.reference_points = nn.Linear(width, 2)
+        nn.init.xavier_uniform_(self.reference_points.weight)
+        nn.init.zeros_(self.reference_points.bias)
 
     def forward(self, memory: Memory, panel: Panel, contexts: Mapping[str, Any]) -> Queries:
-        """The best proposals of each image."""
-        anchors, valid = grid_anchors(memory)
-        tokens = self.norm(self.project(memory.tokens.masked_fill(~valid[..., None], 0.0)))[:, :, None]
-        look = Look(memory, memory.tokens, anchors=anchors, base=anchors)
-        answers, feedback = panel.answer(Stage("proposal", last=False), tokens, tokens, look, {}, contexts)
-        steering = panel.steering
-        assert steering.rank is not None, "selected queries need a head that ranks"
-        rank = panel.heads()[steering.rank].rank(answers[steering.rank]).detach().masked_fill(~valid, -torch.inf)
-        count = min(self.num_queries, rank.shape[1])
-        values, best = rank.topk(count, 1)
-        best = torch.where(values == -torch.inf, best[:, :1], best)  # fewer tokens than queries: the best one again
-        chosen = {head: {name: _rows(value, best) for name, value in said.items()} for head, said in answers.items()}
-        group = QueryGroup("main", count, sees=("main",))
-        rounds = make_rounds([(Stage("proposal"), chosen)], (group,), contexts)
-        first = anchors if feedback.anchors is None else feedback.anchors
+        """The same questions for every image."""
+        batch, slots = len(memory.tokens), self.states.shape[1] - 1
+        anchors = self.reference_points(self.positions[:, 0]).float().sigmoid().expand(batch, -1, -1)
         return Queries(
-            self.states[:count].expand(len(best), -1, -1, -1).to(memory.tokens.dtype),
-            (group,),
-            anchors=_rows(first, best).detach(),
-            points=None if feedback.points is None else _rows(feedback.points, best).detach(),
-            rounds=tuple(replace(r, proposal_index=best) for r in rounds),
+            self.states.expand(batch, -1, -1, -1).to(memory.tokens.dtype),
+            (QueryGroup("main", self.num_queries, sees=("main",)),),
+            self.positions.expand(batch, -1, -1, -1),
+            anchors,
+            anchors[:, :, None].expand(-1, -1, slots, -1) if slots else None,
         )
-
-
-def grid_anchors(memory: Memory, size: float = 0.05) -> tuple[Tensor, Tensor]:
-    """A box at every token, growing with the level (Deformable-DETR:models/deformable_transformer.py).
-
-    Returns:
-        Anchors (B,N,4) cx cy w h of the unpadded image, and which tokens are no padding and not at the very edge (B,N) bool.
-    """
-    anchors = []
-    for level, (height, width) in enumerate(memory.shapes):
-        device = memory.tokens.device
-        y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
-        centre = torch.stack((x, y), -1).flatten(0, 1).float() + 0.5
-        extent = memory.valid_ratios[:, level] * torch.tensor((width, height), device=device)
-        centres = centre[None] / extent[:, None]
-        anchors.append(torch.cat((centres, torch.full_like(centres, size * 2**level)), -1))
-    boxes = torch.cat(anchors, 1)
-    valid = ((boxes > 0.01) & (boxes < 0.99)).all(-1)
-    return boxes, valid if memory.padding is None else valid & ~memory.padding
 
 
 def carry(queries: Queries, carried: Carried) -> Queries:
@@ -147,9 +113,3 @@ def carry(queries: Queries, carried: Carried) -> Queries:
         base=insert(queries.base, carried.anchors, "anchors"),
         points_base=insert(queries.points_base, carried.points, "points"),
     )
-
-
-def _rows(values: Tensor, index: Tensor) -> Tensor:
-    """Rows (B,k) of (B,N,...) -> (B,k,...)."""
-    view = index.view(*index.shape, *[1] * (values.ndim - 2))
-    return values.gather(1, view.expand(*index.shape, *values.shape[2:]))

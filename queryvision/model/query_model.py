@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from queryvision.errors import ConfigError
 from queryvision.head import Feedback, Head, Scene, Steering
 from queryvision.model.backbone import Backbone
-from queryvision.model.decoder import Look
+from queryvision.model.cross_attention import Look
+from queryvision.model.decoder import Decoder
 from queryvision.model.denoising import Denoising
 from queryvision.model.groups import Entry, make_rounds, unseen
 from queryvision.model.panel import Panel
@@ -48,7 +50,7 @@ class QueryModel(nn.Module):
         neck: nn.Module,
         encoder: nn.Module,
         queries: nn.Module,
-        decoder: nn.Module,
+        decoder: Decoder,
         heads: Sequence[Head],
         steering: Steering | None = None,
         denoising: Denoising | None = None,
@@ -73,6 +75,28 @@ class QueryModel(nn.Module):
     def num_queries(self) -> int:
         """Size of the main group, without carried queries."""
         return int(self.queries.num_queries)  # type: ignore[arg-type]
+
+    def set_num_queries(self, count: int) -> None:
+        """Another number of queries from now on, where they are selected among proposals.
+
+        Raises:
+            ConfigError: they are learned one by one, or the number is out of range.
+        """
+        choose = getattr(self.queries, "set_num_queries", None)
+        if choose is None:
+            raise ConfigError(f"queries = {count}: this model's {self.num_queries} queries are learned one by one")
+        choose(count)
+
+    def keep_layers(self, count: int) -> None:
+        """Leaves out the decoder layers after the first `count` (early exit).
+
+        Raises:
+            ConfigError: there are not so many, or none is wanted.
+        """
+        layers = self.decoder.layers
+        if not 1 <= count <= len(layers):
+            raise ConfigError(f"layers = {count}: must be at least 1 and at most {len(layers)}")
+        self.decoder.layers = layers[:count]
 
     def group_sizes(self, counts: Sequence[int]) -> dict[str, tuple[int, int]]:
         """{query group: (queries, repeats)} of a training step on images with so many targets; known beforehand."""

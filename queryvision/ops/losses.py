@@ -30,3 +30,33 @@ def sigmoid_focal_cost(logits: Tensor, alpha: float = 0.25, gamma: float = 2.0) 
     positive = alpha * torch.sigmoid(-logits) ** gamma * -F.logsigmoid(logits)
     negative = (1 - alpha) * torch.sigmoid(logits) ** gamma * -F.logsigmoid(-logits)
     return positive - negative
+
+
+def quality_focal(logits: Tensor, wanted: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Varifocal loss (arXiv 2008.13367): cross entropy to the quality, shape of `logits`.
+
+    Positives count by their quality, negatives by alpha p^gamma.
+
+    Args:
+        logits: any shape.
+        wanted: quality of the pair at its class, 0 elsewhere; same shape.
+        alpha: weight of negatives.
+        gamma: how much easy negatives are turned down.
+    """
+    weight = torch.where(wanted > 0, wanted, alpha * logits.detach().sigmoid() ** gamma)
+    return F.binary_cross_entropy_with_logits(logits, wanted, reduction="none") * weight
+
+
+def matchability_aware(logits: Tensor, positive: Tensor, quality: Tensor, gamma: float) -> Tensor:
+    """Matchability-aware loss (MAL, arXiv 2412.04234): cross entropy to quality^gamma, shape of `logits`.
+
+    Positives count fully, negatives by p^gamma.
+
+    Args:
+        logits: any shape.
+        positive: 1 at a pair's class, 0 elsewhere; same shape.
+        quality: of the pair at its class, 0..1; same shape.
+        gamma: exponent of both.
+    """
+    weight = torch.where(positive > 0, 1.0, logits.detach().sigmoid() ** gamma)
+    return F.binary_cross_entropy_with_logits(logits, positive * quality**gamma, reduction="none") * weight

@@ -2,7 +2,26 @@
 
 from queryvision.tasks.detection.boxes import BoxHead
 from queryvision.tasks.detection.labels import LabelHead
-from queryvision.tasks.detection.models import detr_r50, detr_r101, detr_small
+from queryvision.tasks.detection.models import (
+    deformable_detr_r50,
+    detr_r50,
+    detr_r101,
+    detr_small,
+    dino_r50,
+    dino_small,
+    dino_vit,
+)
 from queryvision.tasks.detection.task import TASK
 
-__all__ = ["TASK", "BoxHead", "LabelHead", "detr_r50", "detr_r101", "detr_small"]
+__all__ = [
+    "TASK",
+    "BoxHead",
+    "LabelHead",
+    "deformable_detr_r50",
+    "detr_r50",
+    "detr_r101",
+    "detr_small",
+    "dino_r50",
+    "dino_small",
+    "dino_vit",
+]

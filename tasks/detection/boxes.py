@@ -6,13 +6,15 @@ Legend: B images, Q queries, T targets, S stages, D width, k picks. Boxes are (c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from queryvision.head import Feedback, Head, View
+from queryvision.head import DenoisingPlan, Feedback, Fit, Head, Noise, View
 from queryvision.layers.mlp import MLP
+from queryvision.layers.per_stage import PerStage
 from queryvision.ops.boxes import (
     box_iou,
     covered_share,
@@ -20,54 +22,90 @@ from queryvision.ops.boxes import (
     generalized_box_iou,
     inverse_sigmoid,
     pairwise_l1,
+    xyxy_to_cxcywh,
 )
+from queryvision.ops.noise import uniform
 from queryvision.structures import Answer, Facts, Match, Picks, Round, Targets
 
 
 class BoxHead(Head):
     """Three linear layers to a box; L1 and generalised IoU in matching and loss (arXiv 2005.12872).
 
-    Where the layer looked around an anchor, the layers predict the change of the anchor's logits.
+    Where the layer looked around an anchor, the layers predict the change of the anchor's logits (arXiv 2010.04159).
 
     Args:
-        width: D.
+        fit: D, or all that it must fit.
         l1_cost: weight of the L1 distance in matching.
         giou_cost: weight of the negative generalised IoU in matching.
         l1: weight of the loss term `l1`.
         giou: weight of the loss term `giou`.
         ignore_share: a box with at least this share of its area in one ignore region is not taught as background.
+        box_noise: denoising queries: how far a corner may move, as a share of half the size; up to twice that for queries that
+            must learn to say no (arXiv 2203.03605).
     """
 
     name = "boxes"
-    published: ClassVar[dict[str, dict[str, str]]] = {"detr": {"bbox_embed.": "mlp."}}
+    published: ClassVar[dict[str, dict[str, str]]] = {"detr": {"bbox_embed.": "mlp.layers.0."}}
 
     def __init__(
         self,
-        width: int,
+        fit: Fit | int,
         *,
         l1_cost: float = 5.0,
         giou_cost: float = 2.0,
         l1: float = 5.0,
         giou: float = 2.0,
         ignore_share: float = 0.5,
+        box_noise: float = 0.4,
     ) -> None:
         super().__init__()
-        self.mlp = MLP(width, width, 4, 3)
+        self.fit = Fit.of(fit)
+        self.mlp = PerStage(self._mlp, self.fit)
+        if self.fit.anchors == 2:  # the size is not an anchor's: the first layer starts from small boxes
+            nn.init.constant_(cast(MLP, self.mlp.layers[0]).last.bias[2:], -2.0)
         self.l1_cost, self.giou_cost = l1_cost, giou_cost
         self.weights = {"l1": l1, "giou": giou}
         self.ignore_share = ignore_share
+        self.box_noise = box_noise
+
+    def _mlp(self, proposals: bool) -> MLP:
+        mlp = MLP(self.fit.width, self.fit.width, 4, 3)
+        if self.fit.anchors:  # the first guess is the anchor
+            nn.init.zeros_(mlp.last.weight)
+            nn.init.zeros_(mlp.last.bias)
+        return mlp
 
     def forward(self, view: View) -> Answer:
         """{"boxes": (B,Q,4)}, in float32 under any precision."""
-        change = self.mlp(view.state).float()
-        if view.anchors is not None:
-            anchors = inverse_sigmoid(view.anchors.float())
-            change = torch.cat((change[..., : anchors.shape[-1]] + anchors, change[..., anchors.shape[-1] :]), -1)
-        return {"boxes": change.sigmoid()}
+        return {"boxes": self._moved(view.base if self.fit.look_twice else view.anchors, view.state, view)}
 
     def feedback(self, answer: Answer, view: View) -> Feedback:
-        """The next layer looks around the box."""
-        return Feedback(anchors=answer["boxes"])
+        """The next layer looks around the box, as the architecture computes it."""
+        if view.stage.kind == "proposal" or (self.fit.refines == "state" and not self.fit.look_twice):
+            return Feedback(anchors=answer["boxes"])
+        state = view.raw if self.fit.refines == "raw" else view.state
+        assert state is not None, "refining from the un-normed state needs View.raw"
+        return Feedback(anchors=self._moved(view.anchors, state, view))
+
+    def _moved(self, anchors: Tensor | None, state: Tensor, view: View) -> Tensor:
+        """Boxes (B,Q,4) that a state (B,Q,D) makes of anchors (B,Q,2|4), or of nothing."""
+        change: Tensor = self.mlp.at(view.stage)(state).float()
+        if anchors is not None:
+            known = anchors.shape[-1]
+            logits = inverse_sigmoid(anchors.float(), self.fit.eps)
+            change = change + (logits if known == 4 else F.pad(logits, (0, 4 - known)))
+        return change.sigmoid()
+
+    def noise(self, targets: Targets, plan: DenoisingPlan, generators: Sequence[torch.Generator] | None) -> Noise:
+        """Anchors: the target's box with its corners moved; positive queries less than half its size, the others further."""
+        boxes = plan.of(targets["boxes"])
+        draw = uniform(boxes[:, None].expand(-1, 2, *boxes.shape[1:]), generators)  # (B,2,Q,4)
+        far = draw[:, 0] + (~plan.positive[..., None])
+        sign = torch.where(draw[:, 1] < 0.5, -1.0, 1.0)
+        half = boxes[..., 2:].repeat(1, 1, 2) * 0.5
+        corners = (cxcywh_to_xyxy(boxes) + far * sign * half * self.box_noise).clamp(0, 1)
+        known = plan.of(targets.has["boxes"]) & (plan.target >= 0)
+        return Noise(anchors=torch.where(known[..., None], xyxy_to_cxcywh(corners).clamp(min=0), 0.5))
 
     def count(self, targets: Targets, num_queries: int, repeats: int = 1) -> float:
         """Number of targets with a box."""

@@ -13,65 +13,94 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from queryvision.head import Head, View
-from queryvision.ops.losses import sigmoid_focal, sigmoid_focal_cost
+from queryvision.head import DenoisingPlan, Fit, Head, Noise, View
+from queryvision.layers.per_stage import PerStage
+from queryvision.ops.losses import matchability_aware, quality_focal, sigmoid_focal, sigmoid_focal_cost
+from queryvision.ops.noise import uniform
 from queryvision.structures import Answer, Facts, Match, Picks, Round, Targets
+
+EXPONENTS = {"softmax": 0.0, "focal": 2.0, "varifocal": 2.0, "mal": 1.5}
+"""The published gamma of each loss."""
 
 
 class LabelHead(Head):
     """One linear layer to class logits.
 
-    `softmax` has C + 1 logits, the last for no-object (DETR, arXiv 2005.12872); `focal` has exactly C, each its own yes or no
-    (arXiv 1708.02002, as in Deformable DETR).
+    `softmax` has C + 1 logits, the last for no-object (DETR, arXiv 2005.12872); the others have exactly C, each its own yes or
+    no: `focal` (arXiv 1708.02002, as in Deformable DETR), `varifocal` (arXiv 2008.13367) and `mal` (arXiv 2412.04234), whose
+    targets are as high as the quality of the pair: IoU, mask IoU, OKS, whatever head of the model knows it.
 
     Args:
-        width: D.
+        fit: D, or all that it must fit.
         num_classes: C.
-        loss: which of the two.
+        loss: which of the four.
         cost: weight in matching.
         weight: weight of the loss term `class`.
         no_object_weight: weight of the no-object class in the softmax loss.
-        alpha: focal weight of positives.
-        gamma: focal exponent.
+        alpha: focal weight of positives; negatives get 1 - alpha (also their weight in `varifocal`).
+        gamma: exponent of the loss; None: the published one.
+        label_noise: denoising queries: half of this share gets a class at random (arXiv 2203.03605).
     """
 
     name = "labels"
-    published: ClassVar[dict[str, dict[str, str]]] = {"detr": {"class_embed.": "linear."}}
+    published: ClassVar[dict[str, dict[str, str]]] = {"detr": {"class_embed.": "linear.layers.0."}}
+    class_rows: ClassVar[tuple[str, ...]] = (r"linear\..*\.(weight|bias)", r"embedding\.weight")
 
     def __init__(
         self,
-        width: int,
+        fit: Fit | int,
         num_classes: int,
         *,
-        loss: Literal["softmax", "focal"] = "softmax",
+        loss: Literal["softmax", "focal", "varifocal", "mal"] = "softmax",
         cost: float = 1.0,
         weight: float = 1.0,
         no_object_weight: float = 0.1,
         alpha: float = 0.25,
-        gamma: float = 2.0,
+        gamma: float | None = None,
+        label_noise: float = 0.5,
     ) -> None:
         super().__init__()
+        fit = Fit.of(fit)
         self.num_classes = num_classes
+        self.kind = loss
         self.softmax = loss == "softmax"
-        self.linear = nn.Linear(width, num_classes + self.softmax)
+        self.one_class = fit.proposals == "one"
+        self.linear = PerStage(lambda proposals: self._linear(fit.width, proposals), fit)
+        self.embedding = nn.Embedding(num_classes, fit.width) if fit.denoising else None
         self.cost_weight = cost
         self.weights = {"class": weight}
         self.no_object_weight = no_object_weight
-        self.alpha, self.gamma = alpha, gamma
+        self.alpha, self.gamma = alpha, EXPONENTS[loss] if gamma is None else gamma
+        self.label_noise = label_noise
+
+    def _linear(self, width: int, proposals: bool) -> nn.Linear:
+        linear = nn.Linear(width, (1 if proposals and self.one_class else self.num_classes) + self.softmax)
         if not self.softmax:
-            nn.init.constant_(self.linear.bias, -math.log((1 - 0.01) / 0.01))
+            nn.init.constant_(linear.bias, -math.log((1 - 0.01) / 0.01))
+        return linear
 
     def forward(self, view: View) -> Answer:
-        """{"logits": (B,Q,C), or (B,Q,C+1) with softmax}."""
-        return {"logits": self.linear(view.state)}
+        """{"logits": (B,Q,C), or (B,Q,C+1) with softmax}; C is 1 where proposals only tell object from no object."""
+        return {"logits": self.linear.at(view.stage)(view.state)}
 
     def rank(self, answer: Answer) -> Tensor:
         """The best class logit of each proposal, (B,N)."""
         logits = answer["logits"]
         return (logits[..., :-1] if self.softmax else logits).amax(-1)
 
+    def noise(self, targets: Targets, plan: DenoisingPlan, generators: Sequence[torch.Generator] | None) -> Noise | None:
+        """Content: the embedded class of each query's target, some of them at random."""
+        if self.embedding is None:  # built without `Fit.denoising`
+            return None
+        labels = plan.of(targets["labels"])
+        draw = uniform(labels[None].expand(2, *labels.shape).transpose(0, 1), generators)  # (B,2,Q)
+        other = (draw[:, 1] * self.num_classes).long().clamp(max=self.num_classes - 1)
+        labels = torch.where(draw[:, 0] < self.label_noise * 0.5, other, labels)
+        known = plan.of(targets.has["labels"]) & (plan.target >= 0)
+        return Noise(content=self.embedding(labels) * known[..., None])
+
     def count(self, targets: Targets, num_queries: int, repeats: int = 1) -> float:
-        """Softmax: the summed weights of all queries, as in a weighted cross entropy; focal: the number of labelled targets."""
+        """Softmax: the summed weights of all queries, as in a weighted cross entropy; else the number of labelled targets."""
         labelled = targets.num_with["labels"]
         if not self.softmax:
             return float(sum(labelled) * repeats)
@@ -81,11 +110,11 @@ class LabelHead(Head):
     def cost(self, round: Round, targets: Targets, generators: Sequence[torch.Generator] | None) -> Tensor:
         """Less the probability of the target's class (softmax), or the focal cost; (S,B,Q,T)."""
         logits = round.answers[self.name]["logits"]
-        labels = targets["labels"][None, :, None].expand(*logits.shape[:-1], -1)
+        labels = self._labels(round, targets)[None, :, None].expand(*logits.shape[:-1], -1)
         if self.softmax:
             cost = logits.softmax(-1).gather(-1, labels) * -self.cost_weight
         else:
-            cost = sigmoid_focal_cost(logits.gather(-1, labels), self.alpha, self.gamma) * self.cost_weight
+            cost = sigmoid_focal_cost(logits.gather(-1, labels), 0.25, 2.0) * self.cost_weight
         return targets.only_known(cost, self.name)
 
     def loss(self, round: Round, match: Match, targets: Targets, facts: Facts) -> dict[str, Tensor]:
@@ -93,13 +122,33 @@ class LabelHead(Head):
         logits = round.answers[self.name]["logits"]
         weights = self._taught(round, match, targets, facts, logits)
         if self.softmax:
-            return {"class": self._cross_entropy(logits, weights, match, targets) / facts.normaliser}
-        wanted = torch.zeros_like(logits)
-        wanted[match.stage, match.image, match.query, match.wanted(targets["labels"])] = 1.0
-        loss = sigmoid_focal(logits, wanted, self.alpha, self.gamma) * weights[..., None]
+            return {"class": self._cross_entropy(logits, weights, match, round, targets) / facts.normaliser}
+        pairs = (match.stage, match.image, match.query, match.wanted(self._labels(round, targets)))
+        loss = self._sigmoid_loss(logits, pairs, facts) * weights[..., None]
         if not targets.covers_all:
-            loss = loss * targets.covers[:, None]
+            loss = loss * self._covers(round, targets)[:, None]
         return {"class": loss.sum((1, 2, 3)) / facts.normaliser}
+
+    def _sigmoid_loss(self, logits: Tensor, pairs: tuple[Tensor, ...], facts: Facts) -> Tensor:
+        """Elementwise, (S,B,Q,C)."""
+        wanted = torch.zeros_like(logits)
+        wanted[pairs] = 1.0
+        if self.kind == "focal":
+            return sigmoid_focal(logits, wanted, self.alpha, self.gamma)
+        quality = torch.zeros_like(logits)
+        quality[pairs] = facts.quality.clamp(0.0, 1.0)
+        if self.kind == "varifocal":
+            return quality_focal(logits, quality, 1 - self.alpha, self.gamma)
+        return matchability_aware(logits, wanted, quality, self.gamma)
+
+    def _labels(self, round: Round, targets: Targets) -> Tensor:
+        """(B,T): the classes, or 0 for all where proposals only tell object from no object."""
+        labels = targets["labels"]
+        return torch.zeros_like(labels) if round.proposals and self.one_class else labels
+
+    def _covers(self, round: Round, targets: Targets) -> Tensor:
+        """(B,C): what may be taught as absent."""
+        return targets.covers.all(1, keepdim=True) if round.proposals and self.one_class else targets.covers
 
     def _taught(self, round: Round, match: Match, targets: Targets, facts: Facts, like: Tensor) -> Tensor:
         """How much each query is taught, (S,B,Q): not in padding, no background in an ignore region, no unknown label."""
@@ -111,14 +160,15 @@ class LabelHead(Head):
         weights[match.stage, match.image, match.query] = match.wanted(targets.has["labels"]).to(weights.dtype)
         return weights
 
-    def _cross_entropy(self, logits: Tensor, weights: Tensor, match: Match, targets: Targets) -> Tensor:
+    def _cross_entropy(self, logits: Tensor, weights: Tensor, match: Match, round: Round, targets: Targets) -> Tensor:
         """Weighted cross entropy summed over images and queries, (S,)."""
+        nothing = logits.shape[-1] - 1
         if not targets.covers_all:
-            known = F.pad(targets.covers, (0, 1), value=True)
+            known = F.pad(self._covers(round, targets), (0, 1), value=True)
             logits = logits.masked_fill(~known[:, None], torch.finfo(logits.dtype).min)
-        wanted = torch.full(logits.shape[:-1], self.num_classes, device=logits.device)
-        wanted[match.stage, match.image, match.query] = match.wanted(targets["labels"])
-        weights = torch.where(wanted == self.num_classes, weights * self.no_object_weight, weights)
+        wanted = torch.full(logits.shape[:-1], nothing, device=logits.device)
+        wanted[match.stage, match.image, match.query] = match.wanted(self._labels(round, targets))
+        weights = torch.where(wanted == nothing, weights * self.no_object_weight, weights)
         return (F.cross_entropy(logits.movedim(-1, 1), wanted, reduction="none") * weights).sum((1, 2))
 
     def pick(self, round: Round, limit: int) -> Picks:

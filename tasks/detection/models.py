@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from queryvision.head import Head, Sizes, Steering
+from queryvision.head import Fit, Head, Steering
 from queryvision.model import builders
+from queryvision.model.builders import HeadParts
 from queryvision.model.query_model import QueryModel
 from queryvision.tasks.detection.boxes import BoxHead
 from queryvision.tasks.detection.labels import LabelHead
@@ -18,21 +19,41 @@ STEERING = Steering(rank="labels", first="boxes", later="boxes", quality=("boxes
 
 def detr_r50(num_classes: int, **arguments: Any) -> QueryModel:
     """DETR-R50 for boxes. COCO's own checkpoints have 91 classes: all ids 0..90."""
-    return builders.detr_r50(_softmax_heads(num_classes), STEERING, **arguments)
+    return builders.detr_r50(_heads(num_classes), STEERING, **arguments)
 
 
 def detr_r101(num_classes: int, **arguments: Any) -> QueryModel:
     """DETR-R101 for boxes."""
-    return builders.detr_r101(_softmax_heads(num_classes), STEERING, **arguments)
+    return builders.detr_r101(_heads(num_classes), STEERING, **arguments)
 
 
 def detr_small(num_classes: int, **arguments: Any) -> QueryModel:
     """A DETR for laptops."""
-    return builders.detr_small(_softmax_heads(num_classes), STEERING, **arguments)
+    return builders.detr_small(_heads(num_classes), STEERING, **arguments)
 
 
-def _softmax_heads(num_classes: int) -> Any:
-    def make(sizes: Sizes) -> list[Head]:
-        return [LabelHead(sizes.width, num_classes), BoxHead(sizes.width)]
+def deformable_detr_r50(num_classes: int, **arguments: Any) -> QueryModel:
+    """Deformable DETR-R50 for boxes; `refine=True`, `two_stage=True`."""
+    return builders.deformable_detr_r50(_heads(num_classes, loss="focal", cost=2.0, weight=2.0), STEERING, **arguments)
+
+
+def dino_r50(num_classes: int, **arguments: Any) -> QueryModel:
+    """DINO-R50 for boxes."""
+    return builders.dino_r50(_heads(num_classes, loss="focal", cost=2.0, weight=1.0), STEERING, **arguments)
+
+
+def dino_vit(num_classes: int, **arguments: Any) -> QueryModel:
+    """DINO on a plain ViT for boxes."""
+    return builders.dino_vit(_heads(num_classes, loss="focal", cost=2.0, weight=1.0), STEERING, **arguments)
+
+
+def dino_small(num_classes: int, **arguments: Any) -> QueryModel:
+    """A DINO for laptops, with labels taught as high as their boxes are good (MAL)."""
+    return builders.dino_small(_heads(num_classes, loss="mal", cost=2.0, weight=1.0), STEERING, **arguments)
+
+
+def _heads(num_classes: int, **labels: Any) -> HeadParts:
+    def make(fit: Fit) -> list[Head]:
+        return [LabelHead(fit, num_classes, **labels), BoxHead(fit)]
 
     return make

@@ -41,8 +41,8 @@ TASK = Task(
     summary="boxes around objects and their classes (COCO AP)",
     needs=("labels", "boxes"),
     heads={
-        "labels": HeadSpec(LabelHead, ("width", "num_classes")),
-        "boxes": HeadSpec(BoxHead, ("width",)),
+        "labels": HeadSpec(LabelHead, ("fit", "num_classes")),
+        "boxes": HeadSpec(BoxHead),
     },
     steering=STEERING,
     pick=_pick,

@@ -20,9 +20,10 @@ from toys import (
 )
 
 from queryvision.criterion import Criterion
-from queryvision.head import Sizes, Steering
+from queryvision.head import Fit, Steering
 from queryvision.matching import match
 from queryvision.model import builders
+from queryvision.model.builders import dense
 from queryvision.tasks.detection import BoxHead, LabelHead
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,7 +38,7 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-6) -> None:
 @pytest.fixture
 def build(monkeypatch):
     """`builders.detr` on a tiny backbone."""
-    monkeypatch.setattr(builders, "make_backbone", lambda *_, **__: TinyBackbone())
+    monkeypatch.setattr(dense, "make_backbone", lambda *_, **__: TinyBackbone())
     numbers = {"width": WIDTH, "num_queries": 5, "encoder_layers": 1, "num_heads": 4, "ffn_width": 64, "dropout": 0.0}
 
     def make(heads):
@@ -47,8 +48,8 @@ def build(monkeypatch):
     return make
 
 
-def lane_heads(sizes: Sizes):
-    return [LabelHead(sizes.width, CLASSES), LaneHead(sizes.width, 4)]
+def lane_heads(fit: Fit):
+    return [LabelHead(fit, CLASSES), LaneHead(fit.width, 4)]
 
 
 def lane_targets(lacks=()):

@@ -13,7 +13,8 @@ from toys import WIDTH, vary
 
 from queryvision.layers.attention import Attention
 from queryvision.layers.positions import SinePositions
-from queryvision.model.decoder import DecoderLayer, DenseCrossAttention, Look
+from queryvision.model.cross_attention import DenseCrossAttention, Look
+from queryvision.model.decoder import DecoderLayer
 from queryvision.model.encoder import EncoderLayer
 from queryvision.ops import boxes as box_ops
 from queryvision.ops.losses import sigmoid_focal, sigmoid_focal_cost

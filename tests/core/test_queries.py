@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 from toys import (
     CLASSES,
     WIDTH,
@@ -20,10 +19,11 @@ from toys import (
 )
 
 from queryvision.criterion import Criterion
-from queryvision.head import Noise, Steering
+from queryvision.head import Fit, Noise, Steering, View
 from queryvision.matching import match
 from queryvision.model.denoising import Denoising
 from queryvision.model.groups import unseen
+from queryvision.model.proposals import grid_anchors
 from queryvision.model.queries import Carried, carry
 from queryvision.structures import FREE, NONE, VOID, Features, QueryGroup
 from queryvision.tasks.detection import BoxHead, LabelHead
@@ -182,45 +182,47 @@ def test_selected_queries_start_from_their_proposals_without_a_gradient() -> Non
     spy = Witness()
     model = tiny_model([*detection_heads(), spy], STEERING, two_stage=True).train()
     proposals, _ = model(images()).rounds
-    proposal_view, first, *_ = spy.views
-    boxes, labels = proposal_view.answers["boxes"]["boxes"], proposal_view.answers["labels"]["logits"]
-    assert boxes.shape == (2, 20, 4) and proposals.shape == (1, 2, 5)
+    chosen, first, *_ = spy.views
+    memory = model.encoder(model.neck(model.backbone(images())))
+    grid, valid = grid_anchors(memory)
+    tokens = model.queries.norm(model.queries.project(memory.tokens * valid[..., None]))
+    boxes, labels = (model.heads.heads()[n](View(tokens, anchors=grid)) for n in ("boxes", "labels"))
+    assert proposals.shape == (1, 2, 5)
     for image in range(2):
-        best = labels[image, :, :CLASSES].amax(-1).topk(5).indices
+        best = labels["logits"][image, :, :CLASSES].amax(-1).topk(5).indices
         assert torch.equal(proposals.proposal_index[image], best)
-        close(proposals.answers["boxes"]["boxes"][0, image], boxes[image, best], 0)
-        close(first.anchors[image], boxes[image, best], 0)
-    assert boxes.requires_grad and not first.anchors.requires_grad and not first.base.requires_grad
+        close(proposals.answers["boxes"]["boxes"][0, image], boxes["boxes"][image, best])
+        close(first.anchors[image], boxes["boxes"][image, best])
+        close(chosen.anchors[image], grid[image, best], 0)
+    assert chosen.answers["boxes"]["boxes"].requires_grad and not first.anchors.requires_grad and not first.base.requires_grad
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_all_tokens_are_taught_as_proposals_where_the_builder_says_so(training: bool) -> None:
+    model = tiny_model(detection_heads(), STEERING, two_stage=True).train(training)
+    chosen = model(images()).rounds
+    model.queries.teach_all = True
+    everything = model(images()).rounds
+    assert everything[0].shape == (1, 2, 20 if training else 5) and everything[0].proposals
+    assert (everything[0].proposal_index is None) == training
+    close(everything[1].answers["boxes"]["boxes"], chosen[1].answers["boxes"]["boxes"])
 
 
 # ---------------------------------------------------------------------------------------------------- denoising
 class NoisyLabels(LabelHead):
     def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.embed = nn.Embedding(CLASSES, WIDTH)
+        super().__init__(Fit(WIDTH, denoising=True), *args, **kwargs)
         self.shift = {}  # {group: what is added to its content}
 
     def noise(self, targets, plan, generators):
-        if not targets.values["labels"].shape[1]:
-            return Noise(content=self.embed.weight.mean(0).expand(*plan.target.shape, -1))
-        content = self.embed(targets["labels"].gather(1, plan.target.clamp(min=0)))
+        content = super().noise(targets, plan, generators).content
         for group, value in self.shift.items():
             content = content + value * (plan.group == group)[:, None]
         return Noise(content=content)
 
 
-class NoisyBoxes(BoxHead):
-    def noise(self, targets, plan, generators):
-        boxes = targets["boxes"]
-        if not boxes.shape[1]:
-            return None
-        chosen = boxes.gather(1, plan.target.clamp(min=0)[..., None].expand(-1, -1, 4))
-        drawn = [torch.rand(plan.target.shape[1], 4, generator=g) for g in generators]
-        return Noise(anchors=(chosen + (torch.stack(drawn) - 0.5) * 0.1).clamp(0.01, 0.99))
-
-
 def denoising_model(loss: str = "focal", **more):
-    heads = [NoisyLabels(WIDTH, CLASSES, loss=loss), NoisyBoxes(WIDTH)]
+    heads = [NoisyLabels(CLASSES, loss=loss), BoxHead(WIDTH)]
     return tiny_model(heads, STEERING, two_stage=True, denoising=Denoising(7, WIDTH), **more).train()
 
 
@@ -257,7 +259,7 @@ def test_denoising_groups_see_themselves_and_main_but_not_each_other() -> None:
     assert (moved[group == 0] < 1e-6).all() and (moved[group == 1] > 1e-4).all()
     close(boxes_of(after, "main"), boxes_of(before, "main"))
     with torch.no_grad():
-        model.queries.states.add_(torch.randn(WIDTH))
+        model.queries.start.states.add_(torch.randn(WIDTH))
     assert not torch.allclose(boxes_of(run(), "denoising"), boxes_of(before, "denoising"), atol=1e-4), "main is seen"
 
 
@@ -295,9 +297,9 @@ def test_noise_of_several_heads_comes_together() -> None:
     entered = []
     model.decoder.register_forward_pre_hook(lambda _m, inputs: entered.append(inputs[0]))
     model(images(), make_targets([3, 1]))
-    (queries,), (content, *slots) = entered, model.denoising.states
+    (queries,), slots = entered, list(model.denoising.slots)
     assert queries.states.shape == (2, 5 + 12, 7, WIDTH)
-    close(queries.states[:, 5:, 0], (content + 0.9).expand(2, 12, -1))
+    close(queries.states[:, 5:, 0], torch.full((2, 12, WIDTH), 0.9))
     close(queries.states[:, 5:, 1:], torch.stack(slots).expand(2, 12, -1, -1))
     for rows, marks in ((slice(0, 5), (0.5, 0.7, 0.2)), (slice(5, None), (0.5, 0.8, 0.3))):
         for part, mark in zip(queries.points[:, rows].split([3, 2, 1], 2), marks, strict=True):
@@ -316,7 +318,7 @@ def test_every_parameter_stays_in_the_graph(counts, loss: str) -> None:
     if all(counts):
         assert silent_parameters(model) == set()
     if not any(counts):
-        assert not model.denoising.states.grad.any(), "VOID queries are taught nothing"
+        assert not model.heads["labels"].embedding.weight.grad.any(), "VOID queries are taught nothing"
         assert not losses.terms["boxes.l1"].any() and losses.terms["labels.class"] > 0
 
 

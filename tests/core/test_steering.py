@@ -21,7 +21,7 @@ from toys import (
 
 from queryvision.criterion import Criterion
 from queryvision.errors import ConfigError
-from queryvision.head import Feedback, Sizes, Steering
+from queryvision.head import Feedback, Fit, Steering
 from queryvision.structures import Features
 from queryvision.task import HeadSpec, Task, join
 from queryvision.tasks.detection import BoxHead, LabelHead
@@ -74,7 +74,7 @@ def test_what_is_hidden_is_not_looked_at() -> None:
     (states, positions, look) = calls[0]
     changed = look.memory.tokens.clone()
     changed[:, 7:] += torch.randn(WIDTH)
-    other = replace(look, memory=replace(look.memory, tokens=changed), keys=changed + look.memory.positions)
+    other = replace(look, memory=replace(look.memory, tokens=changed))
     with torch.no_grad():
         moved = (cross(states, positions, other) - cross(states, positions, look)).abs().amax((0, 2, 3))
     assert moved[2] < 1e-6 and (moved[[0, 1, 3, 4]] > 1e-3).all()
@@ -151,16 +151,16 @@ def task(name: str, **heads: HeadSpec) -> Task:
 
 
 def test_tasks_join_over_heads_they_share() -> None:
-    labels, boxes = HeadSpec(LabelHead, ("width", "num_classes"), {"loss": "focal"}), HeadSpec(BoxHead)
+    labels, boxes = HeadSpec(LabelHead, ("fit", "num_classes"), {"loss": "focal"}), HeadSpec(BoxHead)
     joint = join(task("a", labels=labels, boxes=boxes), task("b", labels=replace(labels), lanes=HeadSpec(LaneHead)))
     assert joint.name == "a+b" and joint.needs == ("labels", "a", "b")
     assert list(joint.heads) == ["labels", "boxes", "lanes"]
-    heads = join(task("a", labels=labels), task("b", boxes=boxes)).make_heads(CLASSES, {})(Sizes(WIDTH, 2))
+    heads = join(task("a", labels=labels), task("b", boxes=boxes)).make_heads(CLASSES, {})(Fit(WIDTH, 2))
     assert [head.name for head in heads] == ["labels", "boxes"] and not heads[0].softmax
 
 
 def test_tasks_that_disagree_about_a_head_do_not_join() -> None:
-    labels = HeadSpec(LabelHead, ("width", "num_classes"))
-    for change in ({"settings": {"loss": "focal"}}, {"type": BoxHead}, {"takes": ("width",)}):
+    labels = HeadSpec(LabelHead, ("fit", "num_classes"))
+    for change in ({"settings": {"loss": "focal"}}, {"type": BoxHead}, {"takes": ("fit",)}):
         with pytest.raises(ConfigError, match="labels"):
             join(task("a", labels=labels), task("b", labels=replace(labels, **change)))

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from queryvision.head import Feedback, Head, Steering
 from queryvision.layers.positions import sine_embedding
 from queryvision.model.backbone import Backbone
-from queryvision.model.decoder import Decoder, DecoderLayer, DenseCrossAttention
+from queryvision.model.cross_attention import DenseCrossAttention
+from queryvision.model.decoder import Decoder, DecoderLayer
 from queryvision.model.encoder import DenseEncoder
 from queryvision.model.neck import Projection
-from queryvision.model.queries import LearnedQueries, SelectedQueries
+from queryvision.model.proposals import LearnedStart, SelectedQueries
+from queryvision.model.queries import LearnedQueries
 from queryvision.model.query_model import QueryModel
 from queryvision.ops.boxes import inverse_sigmoid
 from queryvision.ops.losses import sigmoid_focal
@@ -58,8 +60,9 @@ class AnchorPositions(nn.Module):
         super().__init__()
         self.project = nn.Linear(4 * 16, WIDTH)
 
-    def forward(self, look, slots: int) -> Tensor:
-        return self.project(sine_embedding(look.anchors * 6.0, 16))[:, :, None].expand(-1, -1, slots, -1)
+    def forward(self, anchors: Tensor, points: Tensor | None, ratios: Tensor) -> Tensor:
+        slots = 1 if points is None else 1 + points.shape[2]
+        return self.project(sine_embedding(anchors * 6.0, 16))[:, :, None].expand(-1, -1, slots, -1)
 
 
 def tiny_model(
@@ -77,12 +80,13 @@ def tiny_model(
     backbone = backbone or TinyBackbone()
     slots = sum(head.slots for head in heads)
     make = [DecoderLayer(WIDTH, 4, DenseCrossAttention(WIDTH, 4, 0.0), 2 * WIDTH, 0.0, slots=slots > 0) for _ in range(layers)]
-    queries = SelectedQueries if two_stage else LearnedQueries
+    learned = LearnedQueries(num_queries, WIDTH, slots)
+    selected = SelectedQueries(num_queries, WIDTH, LearnedStart(num_queries, WIDTH, slots))
     model = QueryModel(
         backbone,
         Projection(backbone.channels, WIDTH),
         DenseEncoder(WIDTH, 1, 4, 2 * WIDTH, 0.0),
-        queries(num_queries, WIDTH, slots),
+        selected if two_stage else learned,
         Decoder(make, nn.LayerNorm(WIDTH), AnchorPositions() if two_stage else None, initial),
         heads,
         steering,

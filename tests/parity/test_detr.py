@@ -24,7 +24,7 @@ from queryvision.weights import detr as reader
 
 def ours(peer: torch.nn.Module, num_classes: int = 5) -> QueryModel:
     model = builders.detr(
-        lambda sizes: [LabelHead(sizes.width, num_classes), BoxHead(sizes.width)],
+        lambda fit: [LabelHead(fit, num_classes), BoxHead(fit)],
         backbone="resnet18", width=32, num_queries=9, encoder_layers=2, decoder_layers=3, num_heads=4, ffn_width=64,
         dropout=0.0,
     )  # fmt: skip
@@ -162,7 +162,7 @@ def test_convert_gives_a_checkpoint_of_ours_with_the_coco_classes(published_file
     assert len(predictor.classes) == 91
     assert predictor.classes.names[1] == "person" and predictor.classes.names[90] == "toothbrush"
     assert predictor.classes.ids == tuple(range(91))
-    assert predictor.model.heads["labels"].linear.out_features == 92
+    assert predictor.model.heads["labels"].linear.layers[0].out_features == 92
     images = padded_batch(128, 96)
     peer = tiny_peer(num_labels=91, full=True)
     with torch.no_grad():
@@ -176,7 +176,7 @@ def test_every_variant_converts(tmp_path: Path) -> None:
 
     for name, builder in (("detr_r50", builders.detr_r50), ("detr_r101", builders.detr_r101)):
         for dc5 in (False, True):
-            model = builder(lambda sizes: [LabelHead(sizes.width, 91), BoxHead(sizes.width)], dc5=dc5)
+            model = builder(lambda fit: [LabelHead(fit, 91), BoxHead(fit)], dc5=dc5)
             path = tmp_path / f"{name}{'-dc5' if dc5 else ''}.pth"
             torch.save({"model": published_names(model)}, path)
             loaded = queryvision.load(queryvision.convert(path, "detr", tmp_path / f"{path.stem}.pt"))

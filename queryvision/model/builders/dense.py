@@ -1,26 +1,20 @@
-"""Builders: plain arguments in, a model out. The published numbers stand here, as defaults.
-
-A builder takes `heads` and `steering` first; its keyword arguments are the settings `model.*` of a configuration.
-"""
+"""DETR (arXiv 2005.12872): one dense level, learned queries, nobody steers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import nn
 
-from queryvision.errors import ConfigError, nearest
-from queryvision.head import Head, Sizes, Steering
+from queryvision.head import Fit, Steering
 from queryvision.model.backbone import make_backbone
-from queryvision.model.decoder import Decoder, DecoderLayer, DenseCrossAttention
+from queryvision.model.builders.checks import HeadParts, check_at_least, check_sizes, make_heads
+from queryvision.model.cross_attention import DenseCrossAttention
+from queryvision.model.decoder import Decoder, DecoderLayer
 from queryvision.model.encoder import DenseEncoder
 from queryvision.model.neck import Projection
 from queryvision.model.queries import LearnedQueries
 from queryvision.model.query_model import QueryModel
-
-HeadParts = Sequence[Head] | Callable[[Sizes], Sequence[Head]]
-"""Heads, or what makes them once the builder says what they must fit."""
 
 
 def detr(
@@ -43,7 +37,7 @@ def detr(
     """DETR (arXiv 2005.12872).
 
     Args:
-        heads: in the order in which they answer, or a function that makes them from `Sizes`.
+        heads: in the order in which they answer, or a function that makes them from `Fit`.
         steering: only its `quality` is used: DETR's queries have no anchors to steer.
         backbone: torchvision's or timm's name.
         stride: of the level that becomes the memory.
@@ -61,12 +55,11 @@ def detr(
     Raises:
         ConfigError: a number is out of range or does not fit the others, or nobody knows the backbone.
     """
-    _check_sizes(width, num_heads, dropout)
-    _check_at_least(1, num_queries=num_queries, decoder_layers=decoder_layers, ffn_width=ffn_width)
-    _check_at_least(0, encoder_layers=encoder_layers, freeze=freeze or 0)
+    check_sizes(width, num_heads, dropout)
+    check_at_least(1, num_queries=num_queries, decoder_layers=decoder_layers, ffn_width=ffn_width)
+    check_at_least(0, encoder_layers=encoder_layers, freeze=freeze or 0)
     trunk = make_backbone(backbone, (stride,), frozen_norm, dc5, freeze)
-    heads = heads(Sizes(width, decoder_layers)) if callable(heads) else heads
-    slots = sum(head.slots for head in heads)
+    heads, slots = make_heads(heads, Fit(width, decoder_layers))
 
     def layer() -> DecoderLayer:
         look = DenseCrossAttention(width, num_heads, dropout)
@@ -121,34 +114,3 @@ def detr_small(
         ffn_width=512,
         dropout=dropout,
     )
-
-
-BUILDERS: tuple[Callable[..., QueryModel], ...] = (detr, detr_r50, detr_r101, detr_small)
-
-
-def builder(name: str) -> Callable[..., QueryModel]:
-    """The builder of a name.
-
-    Raises:
-        ConfigError: there is none; the valid names are listed.
-    """
-    known = {build.__name__: build for build in BUILDERS}
-    if name not in known:
-        raise ConfigError(f"model.name: there is no builder '{name}'; {nearest(name, known)}")
-    return known[name]
-
-
-def _check_at_least(least: int, **given: int) -> None:
-    for name, value in given.items():
-        if value < least:
-            raise ConfigError(f"model.{name} = {value}: at least {least} is needed")
-
-
-def _check_sizes(width: int, num_heads: int, dropout: float) -> None:
-    _check_at_least(1, width=width, num_heads=num_heads)
-    if width % 4:
-        raise ConfigError(f"model.width = {width}: must be divisible by 4, for the sine positions")
-    if width % num_heads:
-        raise ConfigError(f"model.width = {width}: is not divisible by model.num_heads = {num_heads}")
-    if not 0 <= dropout < 1:
-        raise ConfigError(f"model.dropout = {dropout}: must be at least 0 and below 1")

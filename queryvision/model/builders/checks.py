@@ -1,0 +1,45 @@
+"""What builders share: how heads are made, and which numbers fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from queryvision.errors import ConfigError
+from queryvision.head import Fit, Head
+
+HeadParts = Sequence[Head] | Callable[[Fit], Sequence[Head]]
+"""Heads, or what makes them once the builder says what they must fit."""
+
+
+def make_heads(heads: HeadParts, fit: Fit) -> tuple[Sequence[Head], int]:
+    """The heads and how many slots they own together."""
+    made = heads(fit) if callable(heads) else heads
+    return made, sum(head.slots for head in made)
+
+
+def check_at_least(least: int, **given: int) -> None:
+    """Raises a ConfigError that names the first number below `least`."""
+    for name, value in given.items():
+        if value < least:
+            raise ConfigError(f"model.{name} = {value}: at least {least} is needed")
+
+
+def check_sizes(width: int, num_heads: int, dropout: float) -> None:
+    """Raises a ConfigError where attention heads or sine positions do not fit the width."""
+    check_at_least(1, width=width, num_heads=num_heads)
+    if width % 4:
+        raise ConfigError(f"model.width = {width}: must be divisible by 4, for the sine positions")
+    if width % num_heads:
+        raise ConfigError(f"model.width = {width}: is not divisible by model.num_heads = {num_heads}")
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"model.dropout = {dropout}: must be at least 0 and below 1")
+
+
+def check_levels(strides: Sequence[int], num_levels: int, width: int, groups: int = 32) -> None:
+    """Raises a ConfigError where levels do not fit."""
+    if not strides or num_levels < len(strides):
+        raise ConfigError(f"model.num_levels = {num_levels}: at least one, and as many as model.strides = {list(strides)}")
+    if list(strides) != sorted(set(strides)):
+        raise ConfigError(f"model.strides = {list(strides)}: finest first, each once")
+    if width % groups:
+        raise ConfigError(f"model.width = {width}: must be divisible by {groups}, the groups of the neck's norm")

@@ -1,0 +1,167 @@
+"""Queries from the most promising places of the memory (two-stage, arXiv 2010.04159; mixed selection, arXiv 2203.03605).
+
+Legend: B images, Q queries, P slots, N memory tokens, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from queryvision.errors import ConfigError
+from queryvision.layers.positions import sine_embedding
+from queryvision.model.cross_attention import Look
+from queryvision.model.deformable_encoder import cell_centres
+from queryvision.model.groups import make_rounds
+from queryvision.model.panel import Panel
+from queryvision.structures import Memory, Queries, QueryGroup, Stage
+
+PROPOSAL = Stage("proposal")
+
+
+class LearnedStart(nn.Module):
+    """Mixed selection: states are learned, only the anchors come from the proposals (DINO). The decoder makes the positions.
+
+    Args:
+        num_queries: most queries.
+        width: D.
+        num_slots: P.
+    """
+
+    def __init__(self, num_queries: int, width: int, num_slots: int = 0) -> None:
+        super().__init__()
+        self.states = nn.Parameter(torch.randn(num_queries, 1 + num_slots, width))
+
+    @property
+    def most(self) -> int:
+        """The most queries it has a start for."""
+        return len(self.states)
+
+    def forward(self, anchors: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Anchors (B,Q,4) -> states (B,Q,1+P,D), no positions."""
+        return self.states[: anchors.shape[1]].expand(len(anchors), -1, -1, -1), None
+
+
+class AnchorStart(nn.Module):
+    """States and positions are made of the anchors (Deformable DETR, two-stage).
+
+    Args:
+        width: D.
+    """
+
+    most: int | None = None
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(2 * width, 2 * width)
+        self.norm = nn.LayerNorm(2 * width)
+
+    def forward(self, anchors: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Anchors (B,Q,4) -> states and positions (B,Q,1,D)."""
+        sines = sine_embedding(anchors * 2 * math.pi, self.project.in_features // 4).to(self.project.weight.dtype)
+        positions, states = self.norm(self.project(sines))[:, :, None].chunk(2, -1)
+        return states, positions
+
+
+class SelectedQueries(nn.Module):
+    """Every memory token proposes, a head ranks, the best become queries; their anchors are detached.
+
+    Args:
+        num_queries: Q; fewer where the memory has fewer tokens.
+        width: D.
+        start: anchors -> states and positions.
+        teach_all: all tokens are taught as proposals (Deformable DETR), instead of the chosen ones (DINO).
+    """
+
+    def __init__(self, num_queries: int, width: int, start: LearnedStart | AnchorStart, teach_all: bool = False) -> None:
+        super().__init__()
+        self.num_queries = num_queries
+        self.project = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.start = start
+        self.teach_all = teach_all
+
+    def set_num_queries(self, count: int) -> None:
+        """Another number of queries from now on.
+
+        Raises:
+            ConfigError: there are no states for so many, or none is wanted.
+        """
+        if count < 1 or count > (self.start.most or count):
+            limit = f" and at most {self.start.most}" if self.start.most else ""
+            raise ConfigError(f"queries = {count}: must be at least 1{limit}")
+        self.num_queries = count
+
+    def forward(self, memory: Memory, panel: Panel, contexts: Mapping[str, Any]) -> Queries:
+        """The best proposals of each image."""
+        grid, valid = grid_anchors(memory)
+        tokens = memory.tokens.masked_fill(~valid[..., None], 0.0)
+        everywhere = self.teach_all and self.training
+        if everywhere:
+            look, states = _look(memory, grid), self.norm(self.project(tokens))
+        else:
+            best = self._best(self._ranks(tokens, panel, memory, grid, contexts), valid)
+            look, states = _look(memory, _rows(grid, best)), self.norm(self.project(_rows(tokens, best)))
+        answers, feedback = panel.answer(PROPOSAL, *_as_queries(states), look, {}, contexts)
+        rounds = make_rounds([(PROPOSAL, answers)], (QueryGroup("main", states.shape[1]),), contexts)
+        anchors = look.anchors if feedback.anchors is None else feedback.anchors
+        points = feedback.points
+        assert anchors is not None
+        if everywhere:
+            best = self._best(panel.rank(answers), valid)
+            anchors, points = _rows(anchors, best), None if points is None else _rows(points, best)
+        anchors = anchors.detach()
+        begun, positions = self.start(anchors)
+        return Queries(
+            begun.to(memory.tokens.dtype),
+            (QueryGroup("main", best.shape[1], sees=("main",)),),
+            positions,
+            anchors,
+            None if points is None else points.detach(),
+            rounds=tuple(replace(r, proposal_index=None if everywhere else best) for r in rounds),
+        )
+
+    @torch.no_grad()
+    def _ranks(self, tokens: Tensor, panel: Panel, memory: Memory, grid: Tensor, contexts: Mapping[str, Any]) -> Tensor:
+        """How promising each token is, (B,N); only the heads that are needed for it are asked, and nothing is kept for them."""
+        states = self.norm(self.project(tokens))
+        answers = panel.answer(PROPOSAL, *_as_queries(states), _look(memory, grid), {}, contexts, only_rank=True)[0]
+        return panel.rank(answers)
+
+    def _best(self, ranks: Tensor, valid: Tensor) -> Tensor:
+        """Tokens (B,Q), best first; never padding while there is anything else."""
+        ranks = ranks.detach().float().masked_fill(~valid, -torch.inf)
+        values, best = ranks.topk(min(self.num_queries, ranks.shape[1]), 1)
+        return torch.where(values == -torch.inf, best[:, :1], best)  # fewer tokens than queries: the best one again
+
+
+def _as_queries(states: Tensor) -> tuple[Tensor, Tensor]:
+    return states[:, :, None], states[:, :, None]
+
+
+def _look(memory: Memory, anchors: Tensor) -> Look:
+    return Look(memory, anchors=anchors, base=anchors)
+
+
+def grid_anchors(memory: Memory, size: float = 0.05) -> tuple[Tensor, Tensor]:
+    """A box at every token, growing with the level (Deformable-DETR:models/deformable_transformer.py).
+
+    Returns:
+        Anchors (B,N,4) cx cy w h of the unpadded image, and which tokens are no padding and not at the very edge (B,N) bool.
+    """
+    centres = cell_centres(memory)
+    rows = [centres.new_full((height * width, 2), size * 2**level) for level, (height, width) in enumerate(memory.shapes)]
+    boxes = torch.cat((centres, torch.cat(rows).expand(len(centres), -1, -1)), -1)
+    valid = ((boxes > 0.01) & (boxes < 0.99)).all(-1)
+    return boxes, valid if memory.padding is None else valid & ~memory.padding
+
+
+def _rows(values: Tensor, index: Tensor) -> Tensor:
+    """Rows (B,k) of (B,N,...) -> (B,k,...)."""
+    view = index.view(*index.shape, *[1] * (values.ndim - 2))
+    return values.gather(1, view.expand(*index.shape, *values.shape[2:]))
