@@ -1,0 +1,77 @@
+"""Every configuration that comes with the package: it builds, takes two steps and predicts, on tiny images."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import queryvision
+from queryvision.assembly import build_model, resolve
+from queryvision.config import Config, load_config, presets
+from queryvision.criterion import Criterion
+from queryvision.data.loader import BatchPlan, train_loader
+from queryvision.data.transforms import training_transform
+from queryvision.model.backbone import Backbone, make_backbone
+from queryvision.model.builders import contrastive, deformable, dense
+from queryvision.splits import open_splits
+from queryvision.task import resolve_task
+
+NAMES = [f"{path.parent.name}/{path.stem}" for path in presets()]
+
+
+def tiny(name: str, data: Path, **more: Any) -> Config:
+    """The configuration on tiny images: few queries where the builder lets one say so, everything else as it is."""
+    task, _, preset = name.partition("/")
+    flags = {"data.path": str(data), "data.image_size": 64, "data.workers": 0, "train.batch_size": 2, "train.accumulate": 1,
+             "train.steps": 2, "weights": "none", "model.num_queries": 15, "evaluation.pictures": 0}  # fmt: skip
+    return load_config(task, preset, {**flags, **more})
+
+
+@pytest.fixture(autouse=True)
+def small_backbones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest member of each configuration's family of backbones, where it can be had."""
+
+    def small(name: str, strides: Any, frozen_norm: bool = True, dilated: bool = False, *rest: Any) -> Backbone:
+        name = name if dilated else {"resnet50": "resnet18", "resnet101": "resnet34"}.get(name, name)
+        return make_backbone(name.replace("vit_base", "vit_tiny"), strides, frozen_norm, dilated, *rest)
+
+    for module in (dense, deformable, contrastive):
+        monkeypatch.setattr(module, "make_backbone", small)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_gets_a_gradient(name: str, scenes: Path) -> None:
+    config = tiny(name, scenes)
+    task = resolve_task(config.task)
+    config = resolve(config, task)
+    data, _ = open_splits(config, task)
+    torch.manual_seed(0)
+    model = build_model(config, task, data.classes).train()
+    plan = BatchPlan(data.sizes[:, 1] / data.sizes[:, 0], 2, 0)
+    transform = training_transform(config.data.augmentation, config.data.image_size)
+    batch = next(iter(train_loader(data, transform, len(data.classes), task.needs, plan, 0, 0, False)))
+    losses = Criterion(model.heads.heads(), model.steering)(model(batch.images, batch.targets), batch.targets)
+    losses.total.backward()
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) > 50
+    assert [key for key, p in trained.items() if p.grad is None] == []
+    assert all(bool(p.grad.isfinite().all()) for p in trained.values() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_takes_two_steps_and_predicts(name: str, scenes: Path, tmp_path: Path) -> None:
+    task, _, preset = name.partition("/")
+    settings = ["data.workers=0", "train.accumulate=1", "model.num_queries=15", "evaluation.pictures=2"]
+    folder = queryvision.train(
+        task, preset, data=scenes, image_size=64, batch_size=2, steps=2, weights="none", output=tmp_path, settings=settings
+    )
+    rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+    assert int(rows[-1]["step"]) == 2 and math.isfinite(float(rows[-1]["loss"])) and float(rows[-1]["loss"]) > 0
+    pictures = sorted((scenes / "images").rglob("*.jpg")) or sorted(scenes.rglob("*.png"))
+    result = queryvision.load(folder / "best.pt").predict(pictures[0], threshold=0.0)
+    assert len(result.scores) > 0 and bool(torch.isfinite(result.scores).all())
