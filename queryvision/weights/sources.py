@@ -16,6 +16,8 @@ import torch
 import torchvision
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from queryvision.engine.checkpoint import FORMAT, read_file
@@ -70,7 +72,15 @@ def _state(name: str, source: str) -> dict[str, Tensor]:
     where = _torchvision_url(source, rest) if kind == "torchvision" else source
     if not where or not (_is_url(where) or Path(where).exists()):
         raise CheckpointError(f"weights = '{source}': there is no such file. Valid: {VALID}")
-    return _plain_state(read_file(fetch(where)), source)
+    path = fetch(where)
+    return _plain_state(_safetensors(path) if path.suffix == ".safetensors" else read_file(path), source)
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from error
 
 
 def _torchvision_url(source: str, name: str) -> str:
@@ -175,10 +185,22 @@ def _plain_state(content: Any, source: str) -> dict[str, Tensor]:
 
 
 def _fill(body: nn.Module, state: dict[str, Tensor]) -> tuple[list[str], list[str]]:
-    """Copies by name; batch counters do not count."""
+    """Copies by name; batch counters do not count.
+
+    Returns:
+        Tensors of the body that are missing, and parts of the state that the body does not have.
+    """
     own = body.state_dict()
     usable = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
     body.load_state_dict(usable, strict=False)
     missing = [key for key in own if key not in usable and not key.endswith("num_batches_tracked")]
-    unused = sorted({key.split(".")[0] for key in state if key not in own and not key.endswith("num_batches_tracked")})
+    heads = {part for key in own for part in _heads(key)}
+    left = [key for key in state if key not in own and not key.endswith("num_batches_tracked")]
+    unused = sorted({next((part for part in _heads(key) if part not in heads), key) for key in left})
     return missing, unused
+
+
+def _heads(key: str) -> list[str]:
+    """`a.b.c` -> `a`, `a.b`, `a.b.c`."""
+    words = key.split(".")
+    return [".".join(words[: length + 1]) for length in range(len(words))]
