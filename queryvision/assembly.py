@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,12 @@ def resolve(config: Config, task: Task) -> Config:
         head: arguments(spec.type, {**spec.settings, **config.heads.get(head, {})}, f"heads.{head}")
         for head, spec in task.heads.items()
     }
-    return config.model_copy(update={"model": model, "heads": heads})
+    return config.model_copy(update={"model": _plain(model), "heads": {head: _plain(given) for head, given in heads.items()}})
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Tuples as lists, as YAML would give them back."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 def build_model(config: Config, task: Task, classes: ClassMap) -> QueryModel:
@@ -59,10 +65,16 @@ def header(config: Config, task: Task, classes: ClassMap) -> dict[str, Any]:
     return {"task": task.name, "config": config.model_dump(), "classes": classes.to_dict()}
 
 
-def load_model(path: str | Path) -> Loaded:
+def load_model(path: str | Path, queries: int | None = None, layers: int | None = None) -> Loaded:
     """Rebuilds a model from a checkpoint of ours; nothing but the file is needed.
 
+    Args:
+        path: of the file.
+        queries: another number of queries than in training, for models that select theirs from proposals; None: the same.
+        layers: how many decoder layers to keep, the first ones; None: all.
+
     Raises:
+        ConfigError: the model cannot have so many queries or layers.
         CheckpointError: it is something else, or does not fit this version.
     """
     content = load_checkpoint(path)
@@ -80,5 +92,9 @@ def load_model(path: str | Path) -> Loaded:
     except ConfigError as error:
         raise CheckpointError(f"{path}: cannot be rebuilt: {error}") from error
     load_weights(model, content.get("ema", content["model"]), str(path))
+    if queries is not None:
+        model.set_num_queries(queries)
+    if layers is not None:
+        model.keep_layers(layers)
     model.eval()
     return Loaded(model, task, classes, config, content.get("step", 0), content.get("metrics", {}))

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from queryvision.parsing import NEWEST, Commands, run_app
+from queryvision.weights import FAMILIES
 
 app = typer.Typer(
     cls=Commands,
@@ -19,6 +20,9 @@ data_app = typer.Typer(help="Make, check and view data sets.")
 app.add_typer(data_app, name="data")
 
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, as in `qv config`.")]
+Queries = Annotated[int | None, typer.Option(help="Number of queries, for models that select theirs from proposals.")]
+Layers = Annotated[int | None, typer.Option(help="How many decoder layers to keep, the first ones.")]
+Overlap = Annotated[float | None, typer.Option(help="Drop the lower score of two boxes with a larger IoU, 0 to 1.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -32,7 +36,7 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Images a step and device.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Short side of the input in pixels.")] = None,
-    weights: Annotated[str | None, typer.Option(help="none, imagenet, torchvision:NAME, timm:NAME, a path or a URL.")] = None,
+    weights: Annotated[str | None, typer.Option(help="none, imagenet, torchvision:NAME, timm:NAME, a path or URL.")] = None,
     devices: Annotated[int | None, typer.Option(help="Number of processes.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that read images.")] = None,
@@ -69,6 +73,9 @@ def evaluate(
     image_size: Annotated[int | None, typer.Option(help="Short side of the input in pixels.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images of equal size evaluated at once.")] = None,
     workers: Annotated[int, typer.Option(help="Processes that read images.")] = 0,
+    queries: Queries = None,
+    layers: Layers = None,
+    overlap: Overlap = None,
     debug: Debug = False,
 ) -> None:
     """Measure a checkpoint on a data set."""
@@ -76,7 +83,7 @@ def evaluate(
 
     metrics = run(
         checkpoint, data, split=split, save_json=save_json, evaluator=evaluator, image_size=image_size,
-        batch_size=batch_size, workers=workers, quiet=json,
+        batch_size=batch_size, workers=workers, queries=queries, layers=layers, overlap=overlap, quiet=json,
     )  # fmt: skip
     if json:
         print(json_module.dumps(metrics, indent=2))
@@ -93,12 +100,18 @@ def predict(
     threshold: Annotated[float | None, typer.Option(min=0, max=1, help="Least score. Without: the checkpoint's.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the COCO results instead of a summary.")] = False,
     image_size: Annotated[int | None, typer.Option(help="Short side of the input in pixels.")] = None,
+    queries: Queries = None,
+    layers: Layers = None,
+    overlap: Overlap = None,
     debug: Debug = False,
 ) -> None:
     """Draw what a model sees onto pictures."""
     from queryvision.commands import predict as run
 
-    run(checkpoint, sources, output, threshold=threshold, json=json, image_size=image_size)
+    run(
+        checkpoint, sources, output, threshold=threshold, json=json, image_size=image_size, queries=queries, layers=layers,
+        overlap=overlap,
+    )  # fmt: skip
 
 
 @app.command()
@@ -120,9 +133,9 @@ def trace(
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="Path or URL of a published checkpoint.")],
-    family: Annotated[str, typer.Option("--from", help="Whose format: detr.")],
+    family: Annotated[str, typer.Option("--from", help=f"Whose format: {', '.join(FAMILIES)}.")],
     output: Annotated[str, typer.Option("--output", "-o", help="File to write.")],
-    dc5: Annotated[bool | None, typer.Option(help="Dilated last stage; without: told by the file's name.")] = None,
+    dc5: Annotated[bool | None, typer.Option(help="detr: dilated last stage; without: told by the name.")] = None,
     debug: Debug = False,
 ) -> None:
     """Turn a published checkpoint into one of ours."""

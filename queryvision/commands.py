@@ -22,7 +22,7 @@ from queryvision.inference.predictor import Predictor, as_array, find_pictures
 from queryvision.outputs import writable_file, writable_folder
 from queryvision.splits import evaluate_model
 from queryvision.task import resolve_task
-from queryvision.weights import detr
+from queryvision.weights import reader_of
 
 
 def evaluate(
@@ -35,6 +35,9 @@ def evaluate(
     image_size: int | None = None,
     batch_size: int | None = None,
     workers: int = 0,
+    queries: int | None = None,
+    layers: int | None = None,
+    overlap: float | None = None,
     quiet: bool = False,
 ) -> dict[str, float]:
     """Measures a checkpoint.
@@ -48,19 +51,24 @@ def evaluate(
         image_size: short side of the input; None: as in training.
         batch_size: images of equal size evaluated at once.
         workers: processes that read images.
+        queries: another number of queries than in training, for models that select theirs from proposals.
+        layers: how many decoder layers to keep, the first ones.
+        overlap: of two boxes with a larger IoU the lower score is dropped, whatever the classes; a remedy for undertrained
+            models. None: as in training; 1: none is.
         quiet: no warnings.
 
     Returns:
         {metric: value}.
 
     Raises:
-        ConfigError: a number is out of range, or `save_json` cannot be written.
+        ConfigError: a number is out of range for the model or at all, or `save_json` cannot be written.
         DataError: the data cannot be read, or shares no class with the model.
         CheckpointError: it is no checkpoint of ours.
     """
-    loaded = load_model(checkpoint)
+    loaded = load_model(checkpoint, queries, layers)
     changes = {"data.path": None if data is None else str(data), "data.workers": workers, "data.image_size": image_size}
-    config = changed(loaded.config, {**changes, "evaluation.batch_size": batch_size, "evaluation.evaluator": evaluator})
+    judging = {"batch_size": batch_size, "evaluator": evaluator, "overlap": overlap}
+    config = changed(loaded.config, {**changes, **{f"evaluation.{key}": value for key, value in judging.items()}})
     results_file = None if save_json is None else writable_file(save_json)
     root = str(make_scenes()) if config.data.path is None else config.data.path
     if data is None and not Path(root).exists():
@@ -94,6 +102,9 @@ def predict(
     threshold: float | None = None,
     json: bool = False,
     image_size: int | None = None,
+    queries: int | None = None,
+    layers: int | None = None,
+    overlap: float | None = None,
 ) -> Path:
     """Draws results onto pictures.
 
@@ -104,17 +115,21 @@ def predict(
         threshold: least score; None: that of the checkpoint's settings.
         json: print the results, too, and nothing else.
         image_size: short side of the input; None: as in training.
+        queries: another number of queries than in training, for models that select theirs from proposals.
+        layers: how many decoder layers to keep, the first ones.
+        overlap: of two boxes with a larger IoU the lower score is dropped, whatever the classes; a remedy for undertrained
+            models. None: as in training; 1: none is.
 
     Returns:
         The output folder.
 
     Raises:
-        ConfigError: a number is out of range, or the results cannot be written.
+        ConfigError: a number is out of range for the model or at all, or the results cannot be written.
         DataError: a picture cannot be read; the others are drawn.
     """
     if threshold is not None and not 0 <= threshold <= 1:
         raise ConfigError(f"threshold = {threshold}: must be at least 0 and at most 1")
-    predictor = Predictor(load_model(checkpoint), image_size=image_size)
+    predictor = Predictor(load_model(checkpoint, queries, layers), image_size=image_size, overlap=overlap)
     pictures, folder = find_pictures(sources), writable_folder(output)
     results_file = writable_file(folder / "results.json")
     unread: list[str] = []
@@ -170,25 +185,25 @@ def convert(source: str | Path, family: str, output: str | Path, *, dc5: bool | 
 
     Args:
         source: path or URL.
-        family: whose format; `detr` (facebookresearch/detr).
+        family: whose format, a key of `queryvision.weights.FAMILIES`.
         output: file to write.
-        dc5: whether its last stage is dilated; None: told by the file's name.
+        dc5: only of `detr`: whether its last stage is dilated; None: told by the file's name.
 
     Raises:
         CheckpointError: it is something else.
-        ConfigError: nobody reads that family.
+        ConfigError: nobody reads that family, or it knows no `dc5`.
     """
-    if family != "detr":
-        raise ConfigError(f"--from {family}: no reader of that name. Valid: detr")
+    reader = reader_of(family)
+    if dc5 is not None and family != "detr":
+        raise ConfigError(f"--dc5: only checkpoints of --from detr can be dilated, not those of {family}")
     writable_file(output)
-    found = detr.read(str(source), dc5)
-    task = resolve_task(detr.TASK)
-    config = resolve(
-        load_config(detr.TASK, f"{found['model']['name']}_coco").model_copy(update={"model": found["model"]}), task
-    )
+    found = reader.read(str(source)) if dc5 is None else reader.read(str(source), dc5)
+    task = resolve_task(reader.TASK)
+    preset = load_config(reader.TASK, found["config"])
+    config = resolve(preset.model_copy(update={"model": found["model"]}), task)
     model = build_model(config, task, found["classes"])
-    detr.fill(model, found["state"], model.heads.heads())
+    reader.fill(model, found["state"], model.heads.heads())
     content = {**header(config, task, found["classes"]), "model": model.state_dict(), "step": 0, "metrics": {}}
     save_checkpoint(Path(output), content)
-    print(f"{source} -> {output}: {found['model']['name']}, {len(found['classes'])} class rows and no-object")
+    print(f"{source} -> {output}: {found['model']['name']}, {len(found['classes'])} classes")
     return Path(output)

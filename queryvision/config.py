@@ -43,11 +43,15 @@ class TrainSettings(Settings):
 
     steps: int | None = Field(None, ge=1, description="optimiser steps; give this or epochs")
     epochs: float | None = Field(None, gt=0, description="passes over the training images; give this or steps")
+    min_steps: int = Field(0, ge=0, description="with epochs: at least so many steps, for small data sets")
     batch_size: int = Field(8, ge=1, description="images a step and device")
     accumulate: int = Field(1, ge=1, description="batches summed up for one optimiser step")
     lr: float = Field(1e-4, gt=0, description="AdamW learning rate of the transformer and the heads")
     backbone_lr: float = Field(0.1, ge=0, description="the backbone's learning rate as a share of lr; 0: not trained")
+    offsets_lr: float = Field(0.1, gt=0, description="the same for what places deformable attention's points; never 0")
+    freeze: list[str] = Field([], description="parts that are not trained: backbone, heads.labels, decoder.layers.0 ...")
     weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay")
+    norm_decay: bool = Field(False, description="whether weights and biases of norms decay, too, as in the published DETR")
     clip: float = Field(0.1, ge=0, description="largest norm of the gradient; 0: no clipping")
     schedule: Literal["cosine", "step", "flat"] = Field("cosine", description="after warm-up: flat, then cosine; step; flat")
     warmup: int = Field(100, ge=0, description="steps over which the learning rate rises from 0")
@@ -71,6 +75,9 @@ class EvaluationSettings(Settings):
     max_results: int = Field(100, ge=1, description="most results of an image, as in COCO AP")
     evaluator: Literal["auto", "hotcoco", "pycocotools"] = Field("auto", description="auto: hotcoco where it imports")
     threshold: float = Field(0.5, ge=0, le=1, description="least score that is drawn")
+    overlap: float | None = Field(
+        None, ge=0, le=1, description="of two boxes with a larger IoU the lower score is dropped; empty: none is"
+    )
     pictures: int = Field(12, ge=0, description="validation images in the picture grid")
 
 
@@ -80,7 +87,7 @@ class Config(Settings):
     task: str = Field("detection", description="a name of `qv tasks`, a dotted module, or several joined by +")
     name: str = Field("run", pattern=r"^[^./\\][^/\\]*$", description="of the run, a folder under output/<task>")
     output: str = Field("runs", min_length=1, description="folder of all runs")
-    weights: str = Field("none", description="none, imagenet, torchvision:NAME, timm:NAME, a path or a URL")
+    weights: str = Field("none", description="none, imagenet, torchvision:NAME, timm:NAME, a path or a URL; one of ours, too")
     model: dict[str, Any] = Field(default_factory=dict, description="name of a builder and its keyword arguments")
     heads: dict[str, dict[str, Any]] = Field(default_factory=dict, description="keyword arguments of each head")
     data: DataSettings = Field(default_factory=DataSettings)
@@ -118,6 +125,7 @@ def load_config(
         values.get("train", {}).pop("epochs", None)
     if "train.epochs" in changes and "train.steps" not in changes:
         values.get("train", {}).pop("steps", None)
+        values.get("train", {}).pop("min_steps", None)  # a floor under the file's epochs, not under other ones
     for key, value in changes.items():
         _put(values, key, value)
     result = make_config(values)

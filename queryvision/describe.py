@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from queryvision.assembly import resolve
 from queryvision.config import load_config
-from queryvision.model.builders import builder, detr
+from queryvision.model.builders import BUILDERS, builder
 from queryvision.task import resolve_task
 
 
@@ -38,7 +38,7 @@ def describe(name: str, task: str | None = None, settings: Sequence[str] = ()) -
             lines += [_line(k, getattr(value, k), f.description or "", 1) for k, f in type(value).model_fields.items()]
         elif key == "model":
             build = builder(str(value["name"]))
-            texts = {**_argument_texts(detr), **_argument_texts(build), "name": _first_line(build)}
+            texts = {**_family_texts(build), **_argument_texts(build), "name": _first_line(build)}
             lines += ["", f"# {field.description}", "model:", *(_line(k, v, texts.get(k, ""), 1) for k, v in value.items())]
         elif key == "heads":
             lines += ["", f"# {field.description}", "heads:"]
@@ -47,6 +47,12 @@ def describe(name: str, task: str | None = None, settings: Sequence[str] = ()) -
         else:
             lines.append(_line(key, value, field.description or "", 0))
     return "\n".join(lines)
+
+
+def _family_texts(build: Callable[..., Any]) -> dict[str, str]:
+    """{argument: text} of the builders that stand in the same file, of which the first explains all of them."""
+    family = [other for other in BUILDERS if other.__module__ == build.__module__]
+    return {name: text for other in reversed(family) for name, text in _argument_texts(other).items()}
 
 
 def _head(name: str, keywords: Mapping[str, Any], kind: type) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torchvision.ops import nms
 
 from queryvision.data.classes import ClassMap
 
@@ -44,7 +45,19 @@ class Result:
 
     def above(self, threshold: float) -> Result:
         """Only the objects with a score of at least `threshold`."""
-        keep = self.scores >= threshold
+        return self._only(self.scores >= threshold)
+
+    def without_overlaps(self, most: float) -> Result:
+        """Greedy and whatever the classes: of two boxes with an IoU above `most` the lower score goes. Without boxes: all stay.
+
+        A DETR that is trained to the end gives no duplicates; this is a remedy for one that is not, and costs objects that
+        truly overlap.
+        """
+        if "boxes" not in self.values or most >= 1:
+            return self
+        return self._only(nms(self.values["boxes"].float(), self.scores.float(), most))
+
+    def _only(self, keep: Tensor) -> Result:
         values = {name: value[keep] for name, value in self.values.items()}
         return replace(self, scores=self.scores[keep], labels=self.labels[keep], values=values)
 

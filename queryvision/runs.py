@@ -27,7 +27,7 @@ from queryvision.run_folder import LAST, SETTINGS, named_run, new_folder, newest
 from queryvision.splits import data_warnings, evaluate_model, open_splits
 from queryvision.structures import Batch
 from queryvision.task import Task, resolve_task
-from queryvision.weights.sources import load_backbone
+from queryvision.weights.finetune import start_from
 
 FLAGS = {
     "data": "data.path",
@@ -47,6 +47,9 @@ FLAGS = {
 }
 """The most used settings and where they stand in a configuration; a test freezes them."""
 
+FEW = 1000
+"""Steps below which a run gets a warning."""
+
 
 def train(
     task: str | None = None,
@@ -58,7 +61,7 @@ def train(
     batch_size: int | None = None,
     lr: float | None = None,
     image_size: int | None = None,
-    weights: str | None = None,
+    weights: str | Path | None = None,
     devices: int | None = None,
     precision: str | None = None,
     workers: int | None = None,
@@ -80,7 +83,8 @@ def train(
         batch_size: images a step and device.
         lr: learning rate.
         image_size: short side of the input in pixels.
-        weights: none, imagenet, torchvision:NAME, timm:NAME, a path or a URL.
+        weights: of the backbone: none, imagenet, torchvision:NAME, timm:NAME, a path or a URL; or of the whole model: a
+            checkpoint of ours, perhaps of other classes.
         devices: number of processes the run must have.
         precision: fp32, bf16 or fp16.
         workers: processes that read images.
@@ -99,7 +103,7 @@ def train(
     """
     flags = {
         "data": _text(data), "steps": steps, "epochs": epochs, "batch_size": batch_size, "lr": lr, "image_size": image_size,
-        "weights": weights, "devices": devices, "precision": precision, "workers": workers, "seed": seed, "name": name,
+        "weights": _text(weights), "devices": devices, "precision": precision, "workers": workers, "seed": seed, "name": name,
         "output": _text(output), "strict": strict,
     }  # fmt: skip
     overrides = {FLAGS[key]: value for key, value in flags.items()}
@@ -144,14 +148,14 @@ class _Run:
             world=world,
         )
         self.steps_per_epoch = self.plan.steps_per_epoch / train.accumulate
-        self.steps = train.steps or max(1, round((train.epochs or 1) * self.steps_per_epoch))
+        self.steps = train.steps or max(1, train.min_steps, round((train.epochs or 1) * self.steps_per_epoch))
 
     def fit(self, resume: bool) -> Path:
         config, folder = self.config, self.folder
         torch.manual_seed(config.train.seed)
         model = build_model(config, self.task, self.classes)
         if not resume:
-            self.say(load_backbone(model.backbone, config.weights))
+            self.say(start_from(model, self.classes, config.weights))
         trainer = Trainer(
             model=model,
             criterion=Criterion(model.heads.heads(), model.steering),
@@ -189,6 +193,8 @@ class _Run:
             f"{len(self.classes)} classes, {parameters:.1f} M parameters, "
             f"{self.steps} steps ({epochs:.1f} epochs) -> {self.folder}"
         )
+        if self.steps < FEW:
+            self.say(f"warning: {self.steps} steps are few, most models need thousands; set --steps or train.min_steps")
         if self.train_data.max_objects > model.num_queries:
             self.say(
                 f"warning: an image has {self.train_data.max_objects} objects but the model only {model.num_queries} queries; "

@@ -56,4 +56,5 @@ def evaluate_model(
         settings.batch_size,
         config.data.workers,
     )
-    return evaluate(model, task, classes, batches, data.ground_truth(), settings.max_results, settings.evaluator)
+    truth, limit = data.ground_truth(), settings.max_results
+    return evaluate(model, task, classes, batches, truth, limit, settings.evaluator, settings.overlap)

@@ -17,7 +17,14 @@ from queryvision.task import Evaluator, Task
 
 @torch.inference_mode()
 def results_of(
-    model: QueryModel, task: Task, classes: ClassMap, images: ImageBatch, sizes: torch.Tensor, limit: int, paths: list[str]
+    model: QueryModel,
+    task: Task,
+    classes: ClassMap,
+    images: ImageBatch,
+    sizes: torch.Tensor,
+    limit: int,
+    paths: list[str],
+    overlap: float | None = None,
 ) -> list[Result]:
     """What the model says about a batch.
 
@@ -29,6 +36,7 @@ def results_of(
         sizes: (B,2) height and width of the original images, on the host.
         limit: most results of an image.
         paths: of the images, or empty strings.
+        overlap: see `Result.without_overlaps`; None: all stay.
 
     Returns:
         One result an image, on the host, best first.
@@ -37,21 +45,28 @@ def results_of(
     picks, values = task.decode(model.heads.heads(), outputs.final(), sizes.to(images.pixels.device), limit)
     scores, labels = picks.scores.cpu(), picks.classes.cpu()
     host = {name: value.cpu() for name, value in values.items()}
-    return [
+    results = [
         Result(scores[i], labels[i], classes, (height, width), {name: value[i] for name, value in host.items()}, paths[i])
         for i, (height, width) in enumerate(sizes.tolist())
     ]
+    return results if overlap is None else [result.without_overlaps(overlap) for result in results]
 
 
 def predict_batches(
-    model: QueryModel, task: Task, classes: ClassMap, batches: Iterable[tuple[Batch, list[ImageInfo]]], limit: int
+    model: QueryModel,
+    task: Task,
+    classes: ClassMap,
+    batches: Iterable[tuple[Batch, list[ImageInfo]]],
+    limit: int,
+    overlap: float | None = None,
 ) -> Iterator[tuple[ImageInfo, Result]]:
     """Results image by image; the model is put into evaluation mode."""
     model.eval()
     device = next(model.parameters()).device
     for batch, infos in batches:
         sizes = torch.tensor([info.size for info in infos])
-        results = results_of(model, task, classes, batch.images.to(device), sizes, limit, [info.path for info in infos])
+        paths = [info.path for info in infos]
+        results = results_of(model, task, classes, batch.images.to(device), sizes, limit, paths, overlap)
         yield from zip(infos, results, strict=True)
 
 
@@ -63,6 +78,7 @@ def evaluate(
     ground_truth: dict[str, Any],
     limit: int,
     backend: str,
+    overlap: float | None = None,
 ) -> tuple[dict[str, float], Evaluator]:
     """Metrics of a model on a data set.
 
@@ -74,11 +90,12 @@ def evaluate(
         ground_truth: COCO dict of the same images.
         limit: most results of an image.
         backend: of the evaluator.
+        overlap: see `Result.without_overlaps`; None: all stay.
 
     Returns:
         {metric: value} and the evaluator, which holds the records.
     """
     evaluator = task.evaluator(ground_truth, classes, backend)
-    for info, result in predict_batches(model, task, classes, batches, limit):
+    for info, result in predict_batches(model, task, classes, batches, limit, overlap):
         evaluator.add(info.image_id, result)
     return evaluator.compute(), evaluator

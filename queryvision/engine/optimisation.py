@@ -1,43 +1,110 @@
-"""Parameter groups, the learning rate as a function of the step, and averaged weights."""
+"""Frozen parts, parameter groups, the learning rate as a function of the step, and averaged weights."""
 
 from __future__ import annotations
 
 import copy
 import math
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from queryvision.errors import ConfigError
+from queryvision.errors import ConfigError, nearest
 from queryvision.model.query_model import QueryModel
 
+OFFSETS = ("sampling_offsets", "reference_points")
+"""Modules that say where deformable attention looks; they learn at a rate of their own (Deformable-DETR:main.py)."""
 
-def parameter_groups(model: QueryModel, lr: float, backbone_lr: float, weight_decay: float) -> list[dict[str, object]]:
-    """Two groups: the backbone at a share of the rate, everything else.
+Running = nn.modules.batchnorm._NormBase
+"""Norms that keep statistics of what they saw: batch and instance norm."""
+
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, Running)
+
+
+def freeze(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """Parts that are not trained: their parameters get no gradient.
+
+    Dropout inside them stays as it is; norms with running statistics must keep them.
+
+    Args:
+        model: whose parts they are.
+        names: modules or parameters from the top of the model: `backbone`, `heads.labels`, `decoder.layers.0`.
+
+    Returns:
+        The norms to hold in evaluation mode.
+
+    Raises:
+        ConfigError: there is no such part; the valid names are listed.
+    """
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    held: list[nn.Module] = []
+    for name in names:
+        if name in modules and name:
+            modules[name].requires_grad_(False)
+            held += [module for module in modules[name].modules() if isinstance(module, Running)]
+        elif name in parameters:
+            parameters[name].requires_grad_(False)
+        else:
+            raise ConfigError(_no_part(modules, name))
+    return held
+
+
+def _no_part(modules: Mapping[str, nn.Module], name: str) -> str:
+    """Says where a dotted name goes wrong and what there is instead."""
+    known, parts = "", name.split(".")
+    while len(parts) > 1 and ".".join((*([known] if known else []), parts[0])) in modules:
+        known = ".".join((*([known] if known else []), parts.pop(0)))
+    inside = modules[known]
+    below = [key for key, _ in (*inside.named_children(), *inside.named_parameters(recurse=False))]
+    text = f"train.freeze: the model has no part '{name}'; {nearest(parts[0], below)}"
+    top = ", ".join(key for key, _ in modules[""].named_children())
+    return f"{text} in '{known}'; parts of the model: {top}" if known else text
+
+
+def parameter_groups(
+    model: QueryModel,
+    lr: float,
+    *,
+    weight_decay: float,
+    backbone_lr: float = 1.0,
+    offsets_lr: float = 1.0,
+    norm_decay: bool = False,
+) -> list[dict[str, Any]]:
+    """Parameters that share a learning rate and a weight decay; each group knows the names of its own.
 
     Args:
         model: parameters that need no gradient are left out.
         lr: learning rate.
-        backbone_lr: share of it for the backbone; 0 freezes the backbone.
-        weight_decay: of both.
+        weight_decay: of all, norms perhaps apart.
+        backbone_lr: share of `lr` for the backbone.
+        offsets_lr: share of `lr` for modules named as in `OFFSETS`, outside the backbone.
+        norm_decay: whether weights and biases of norms decay, too.
+
+    Returns:
+        Groups for an optimiser; the first is never the backbone's unless nothing else is trained.
 
     Raises:
         ConfigError: nothing is left to train.
     """
-    if backbone_lr == 0:
-        model.backbone.requires_grad_(False)
-    backbone = [p for p in model.backbone.parameters() if p.requires_grad]
-    own = {id(p) for p in model.backbone.parameters()}
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-    groups = [
-        {"params": rest, "lr": lr, "weight_decay": weight_decay},
-        {"params": backbone, "lr": lr * backbone_lr, "weight_decay": weight_decay},
-    ]
-    groups = [g for g in groups if g["params"]]
-    if not groups:
+    norms = {id(p) for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
+    shares = {"rest": 1.0, "offsets": offsets_lr, "backbone": backbone_lr}
+    groups: dict[tuple[str, bool], dict[str, Any]] = {
+        (part, bare): {"params": [], "lr": lr * share, "weight_decay": 0.0 if bare else weight_decay, "names": []}
+        for part, share in shares.items()
+        for bare in (False, True)
+    }
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            path = name.split(".")
+            part = "backbone" if path[0] == "backbone" else "offsets" if set(path) & set(OFFSETS) else "rest"
+            group = groups[part, not norm_decay and id(parameter) in norms]
+            group["params"].append(parameter)
+            group["names"].append(name)
+    found = [group for group in groups.values() if group["params"]]
+    if not found:
         raise ConfigError("every parameter is frozen: there is nothing to train")
-    return groups
+    return found
 
 
 def lr_factor(

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from queryvision.config import TrainSettings
 from queryvision.criterion import Criterion
 from queryvision.engine.checkpoint import load_resumable, load_weights, save_checkpoint
-from queryvision.engine.optimisation import AveragedWeights, lr_factor, parameter_groups
+from queryvision.engine.optimisation import AveragedWeights, freeze, lr_factor, parameter_groups
 from queryvision.engine.processes import make_accelerator
 from queryvision.engine.progress import LOGGED, Metrics, Progress
 from queryvision.engine.randomness import image_generators, random_state, set_random_state
@@ -65,8 +65,17 @@ class Trainer:
         self.folder, self.header = folder, header
         self.criterion, self.batches, self.evaluate, self.main_metric = criterion, batches, evaluate, main_metric
         model.to(self.accelerator.device)
-        groups = parameter_groups(model, settings.lr, settings.backbone_lr, settings.weight_decay)
-        self.base_lrs = [float(group["lr"]) for group in groups]  # type: ignore[arg-type]
+        untrained = [*settings.freeze, *(["backbone"] if settings.backbone_lr == 0 else [])]
+        self.held = freeze(model, untrained)  # norms that must not go on counting
+        groups = parameter_groups(
+            model,
+            settings.lr,
+            weight_decay=settings.weight_decay,
+            backbone_lr=settings.backbone_lr,
+            offsets_lr=settings.offsets_lr,
+            norm_decay=settings.norm_decay,
+        )
+        self.own_groups = [{key: group[key] for key in ("lr", "weight_decay", "names")} for group in groups]
         self.plain = model
         self.average = AveragedWeights(model, settings.ema, settings.ema_warmup) if settings.ema else None
         self.model, self.optimizer = self.accelerator.prepare(model, torch.optim.AdamW(groups, fused=True))
@@ -104,9 +113,11 @@ class Trainer:
         began = time.perf_counter()
         s = self.settings
         self.model.train()
+        for norm in self.held:
+            norm.eval()
         factor = lr_factor(step, self.steps, s.schedule, s.warmup, s.flat, s.final, s.drop_at)
-        for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = lr * factor
+        for group, own in zip(self.optimizer.param_groups, self.own_groups, strict=True):
+            group["lr"] = own["lr"] * factor
         waiting = [next(batches) for _ in range(s.accumulate)]
         normalisers = self._normalisers(waiting)
         for index, batch in enumerate(waiting):
@@ -245,19 +256,22 @@ class Trainer:
 
         Raises:
             CheckpointError: it is damaged, or was made with other classes, another model or another optimiser.
-        ConfigError: it is further than the run is to go.
+            ConfigError: it is further than the run is to go.
         """
         path = self.folder / "last.pt"
         state = load_resumable(path, self.header["classes"])
         load_weights(self.plain, state["model"], str(path))
         try:
+            trained = [group.get("names") for group in state["optimizer"]["param_groups"]]
+            if trained != [group["names"] for group in self.own_groups]:
+                raise ValueError("the groups hold other parameters")
             self.optimizer.load_state_dict(state["optimizer"])
-        except ValueError as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path}: its optimiser trained other parts; keep the settings as they were") from error
         if self.average is not None:
             self.average.load(state.get("ema", state["model"]), state.get("ema_updates", 0))
-        for group in self.optimizer.param_groups:
-            group["weight_decay"] = self.settings.weight_decay
+        for group, own in zip(self.optimizer.param_groups, self.own_groups, strict=True):
+            group["weight_decay"] = own["weight_decay"]
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if state["step"] > self.steps:

@@ -35,22 +35,29 @@ class Predictor:
         device: where to run; None: CUDA where there is one.
         image_size: short side of the input in pixels; None: as in training.
         batch_size: most pictures of equal size looked at together.
+        overlap: see `Result.without_overlaps`; 1: all stay; None: as in the checkpoint's settings.
 
     Raises:
         ConfigError: a number is out of range.
     """
 
     def __init__(
-        self, loaded: Loaded, device: str | None = None, image_size: int | None = None, batch_size: int | None = None
+        self,
+        loaded: Loaded,
+        device: str | None = None,
+        image_size: int | None = None,
+        batch_size: int | None = None,
+        overlap: float | None = None,
     ) -> None:
-        settings = changed(loaded.config, {"data.image_size": image_size, "evaluation.batch_size": batch_size})
+        changes = {"data.image_size": image_size, "evaluation.batch_size": batch_size, "evaluation.overlap": overlap}
+        settings = changed(loaded.config, changes)
         self.loaded = loaded
         self.task = loaded.task
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = loaded.model.to(self.device).eval()
         self.transform = evaluation_transform(settings.data.image_size)
         self.batch_size = settings.evaluation.batch_size
-        self.limit = settings.evaluation.max_results
+        self.limit, self.overlap = settings.evaluation.max_results, settings.evaluation.overlap
 
     @property
     def classes(self) -> ClassMap:
@@ -105,7 +112,7 @@ class Predictor:
         sizes = torch.tensor([sample.original_size for sample in samples])
         paths = [sample.path for sample in samples]
         images = batch.images.to(self.device)
-        results = results_of(self.model, self.task, self.classes, images, sizes, self.limit, paths)
+        results = results_of(self.model, self.task, self.classes, images, sizes, self.limit, paths, self.overlap)
         return [result.above(threshold) for result in results]
 
 
@@ -152,10 +159,17 @@ def find_pictures(sources: Sequence[str]) -> list[Path]:
     return list(found)
 
 
-def load(path: str | Path, **options: Any) -> Predictor:
-    """A predictor from a checkpoint file; see `Predictor` for the options.
+def load(path: str | Path, *, queries: int | None = None, layers: int | None = None, **options: Any) -> Predictor:
+    """A predictor from a checkpoint file.
+
+    Args:
+        path: of the file.
+        queries: another number of queries than in training, for models that select theirs from proposals; None: the same.
+        layers: how many decoder layers to keep, the first ones; None: all.
+        options: of `Predictor`.
 
     Raises:
         CheckpointError: it is no checkpoint of ours.
+        ConfigError: a number is out of range.
     """
-    return Predictor(load_model(path), **options)
+    return Predictor(load_model(path, queries, layers), **options)

@@ -1,1 +1,29 @@
-"""Readers of published weights, one file a family, and where weights come from."""
+"""Readers of published weights, one file a family, where weights come from, and starting from a checkpoint of ours."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from queryvision.errors import ConfigError, nearest
+
+FAMILIES = {
+    "detr": "queryvision.weights.detr",
+    "deformable-detr": "queryvision.weights.deformable_detr",
+    "dino": "queryvision.weights.dino",
+}
+"""Families of published checkpoints and their readers: modules with `TASK`, `read` and `fill`, imported when they are needed.
+
+`read(source)` gives {"state", "model", "classes", "config": name of the preset}, `fill(model, state, heads)` loads all of it.
+"""
+
+
+def reader_of(family: str) -> Any:
+    """The module that reads a family.
+
+    Raises:
+        ConfigError: there is none; the valid names are listed.
+    """
+    if family not in FAMILIES:
+        raise ConfigError(f"--from {family}: no reader of that name; {nearest(family, FAMILIES)}")
+    return importlib.import_module(FAMILIES[family])

@@ -24,7 +24,7 @@ from tiny import TINY, Call, Run
 
 from queryvision import config as configuration
 from queryvision.engine.checkpoint import load_checkpoint
-from queryvision.weights import sources
+from queryvision.weights import FAMILIES, sources
 
 Refused = Callable[..., str]
 Spoil = Callable[..., Path]
@@ -225,6 +225,13 @@ def test_no_class_in_common(refused: Refused, spoil: Spoil, trained: Path) -> No
         ("train", "section.key=value"),
         ("train=3", "train.steps"),
         ("train.lr.x=3", "'lr' is a setting"),
+        ("train.freeze=[backbon]", ("no part 'backbon'", "did you mean 'backbone'")),
+        ("train.freeze=[heads.lables]", ("did you mean 'labels'", "parts of the model: backbone, neck, encoder")),
+        ("train.freeze=backbone", "train.freeze = 'backbone'"),
+        ("train.freeze=[backbone, neck, encoder, queries, decoder, heads]", "nothing to train"),
+        ("train.offsets_lr=0", "train.offsets_lr = 0"),
+        ("train.min_steps=-1", "train.min_steps = -1"),
+        ("evaluation.overlap=2", "evaluation.overlap = 2"),
         ("train.lr=[1", "not YAML"),
         ("train.epochs=3", "either train.steps or train.epochs"),
         ("name=../x", "name = '../x'"),
@@ -244,7 +251,7 @@ def test_no_class_in_common(refused: Refused, spoil: Spoil, trained: Path) -> No
         ("model.decoder_layers=0", "model.decoder_layers = 0"),
         ("model.num_queries=0", "model.num_queries = 0"),
         ("model.dropout=2", "model.dropout = 2"),
-        ("heads.labels.loss=foo", "'softmax' or 'focal'"),
+        ("heads.labels.loss=foo", "'softmax', 'focal'"),
         ("train.precision=fp8", "'fp32', 'bf16' or 'fp16'"),
     ],
 )
@@ -369,7 +376,11 @@ def test_weights_of_something_else(train: Refused, drawn_once: Path, trained: Pa
         train("--weights", file, data=drawn_once, says=says)
     file.write_text("hello")
     train("--weights", file, data=drawn_once, says=f"{file}: is no checkpoint or is damaged")
-    train("--weights", trained / "best.pt", data=drawn_once, says=("whole checkpoint", "--resume"))
+    words = ("--weights", trained / "best.pt", "--set", "model.backbone=tf_efficientnet_lite0", "--set", "model.stride=16")
+    says = ("best.pt: nothing of it fits the backbone 'tf_efficientnet_lite0'", "model.name=detr, model.backbone=resnet18")
+    train(*words, data=drawn_once, says=says)
+    file.write_bytes(overwritten((trained / "best.pt").read_bytes()))
+    train("--weights", file, data=drawn_once, says=f"{file}: is damaged, a checksum does not match")
 
 
 def test_a_server_that_has_nothing_or_never_answers(
@@ -482,6 +493,10 @@ def test_checkpoints_that_do_not_fit_their_settings(refused: Refused, trained: P
         (("--batch-size", "0"), "evaluation.batch_size = 0"),
         (("--workers", "-1"), "data.workers = -1"),
         (("--save-json", "."), "is a folder"),
+        (("--queries", "5"), "queries = 5: this model's 12 queries are learned one by one"),
+        (("--layers", "0"), "layers = 0: must be at least 1 and at most 2"),
+        (("--layers", "3"), "layers = 3"),
+        (("--overlap", "1.5"), "evaluation.overlap = 1.5"),
     ],
 )
 def test_eval(refused: Refused, trained: Path, words: tuple[str, ...], says: str) -> None:
@@ -511,15 +526,28 @@ def test_predict(refused: Refused, trained: Path, drawn_once: Path, tmp_path: Pa
     refused("predict", checkpoint, tmp_path / "empty", "-o", out, says=("empty", ".jpg"))
     refused("predict", checkpoint, tmp_path / "*.gif", "-o", out, says="*.gif")
     refused("predict", checkpoint, picture, "-o", out, "--image-size", "0", says="data.image_size = 0")
+    refused("predict", checkpoint, picture, "-o", out, "--overlap", "-1", says="evaluation.overlap = -1")
+    refused("predict", checkpoint, picture, "-o", out, "--layers", "9", says="layers = 9")
+    refused("predict", checkpoint, picture, "-o", out, "--queries", "9", says="queries = 9")
     assert not out.exists()
     refused("predict", checkpoint, tmp_path / "text.jpg", picture, "-o", out, says="1 of 2 pictures cannot be read")
     assert [path.name for path in out.glob("*.jpg")] == ["val_00000.jpg"]
 
 
-def test_convert(refused: Refused, trained: Path, tmp_path: Path) -> None:
+def test_convert(refused: Refused, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "y.pt"
     refused("convert", trained / "best.pt", "--from", "detr", "-o", output, says="no box checkpoint of facebookresearch/detr")
-    refused("convert", trained / "best.pt", "--from", "detrr", "-o", output, says=("--from detrr", "Valid: detr"))
+    refused(
+        "convert",
+        trained / "best.pt",
+        "--from",
+        "detrr",
+        "-o",
+        output,
+        says=("--from detrr", "did you mean 'detr'", "deformable-detr, detr, dino"),
+    )
+    monkeypatch.setitem(FAMILIES, "dino", "json")  # its reader is not asked
+    refused("convert", "x.pth", "--from", "dino", "--dc5", "-o", output, says="--dc5: only checkpoints of --from detr")
     refused("convert", tmp_path / "nowhere.pth", "--from", "detr", "-o", output, says="there is no checkpoint")
     keys = ("class_embed.weight", "query_embed.weight", "transformer.decoder.norm.weight", "backbone.0.body.conv1.weight")
     torch.save({"model": {key: torch.zeros(3, 3) for key in keys}}, tmp_path / "fake.pth")

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import inspect
 import io
 import json
 import subprocess
 import sys
+import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import typer
 import yaml
 from PIL import Image
@@ -23,10 +27,15 @@ import queryvision
 from queryvision import cli, commands, config, describe, runs, tracing
 from queryvision.assembly import resolve
 from queryvision.data.check import check
+from queryvision.data.classes import ClassMap
 from queryvision.data.scenes import make_scenes
+from queryvision.engine.checkpoint import load_checkpoint, save_checkpoint
 from queryvision.errors import DataError
+from queryvision.model.builders import BUILDERS
+from queryvision.model.query_model import QueryModel
 from queryvision.results import Result
 from queryvision.task import resolve_task
+from queryvision.weights import FAMILIES, reader_of
 
 # ---------------------------------------------------------------------------------------------------- the face
 COMMANDS = {"train", "eval", "predict", "trace", "convert", "tasks", "config", "data"}
@@ -35,6 +44,9 @@ TRAIN_OPTIONS = {
     "--precision", "--workers", "--seed", "--name", "--output", "--resume", "--strict", "--set", "--debug",
 }  # fmt: skip
 """Everything else is `--set`: think twice before a flag is added, and never take one away."""
+CHOICES = {"--queries", "--layers", "--overlap", "--image-size", "--debug"}
+EVAL_OPTIONS = {"--data", "--split", "--json", "--save-json", "--evaluator", "--batch-size", "--workers", *CHOICES}
+PREDICT_OPTIONS = {"--output", "-o", "--threshold", "--json", *CHOICES}
 
 
 def options(command: Callable[..., Any]) -> dict[str, Any]:
@@ -43,11 +55,13 @@ def options(command: Callable[..., Any]) -> dict[str, Any]:
     return {p.name: ... if p.default is p.empty else p.default for p in parameters}
 
 
-def test_the_commands_and_the_flags_of_train_are_frozen() -> None:
+def test_the_commands_and_their_flags_are_frozen() -> None:
     group: Any = typer.main.get_command(cli.app)
     assert set(group.commands) == COMMANDS
     assert set(group.commands["data"].commands) == {"make", "check", "view"}
-    assert {word for parameter in group.commands["train"].params for word in parameter.opts} - {"--help"} == TRAIN_OPTIONS
+    for name, wanted in (("train", TRAIN_OPTIONS), ("eval", EVAL_OPTIONS), ("predict", PREDICT_OPTIONS)):
+        found = {word for parameter in group.commands[name].params for word in parameter.opts if word.startswith("-")}
+        assert found - {"--help"} == wanted, name
     for command in group.commands.values():
         assert command.help, f"{command.name} says nothing about itself"
 
@@ -125,6 +139,14 @@ def test_config_prints_what_config_reads(call: Call, tmp_path: Path, path: Path)
     found = config.load_config(None, str(tmp_path / "printed.yaml"))
     assert found == resolve(wanted, resolve_task(task))
     assert resolve(found, resolve_task(task)) == found
+
+
+@pytest.mark.parametrize("build", BUILDERS, ids=lambda build: build.__name__)
+def test_config_explains_every_setting_of_every_builder(call: Call, build: Callable[..., Any]) -> None:
+    done = call("config", "default", "--set", f"model={{name: {build.__name__}}}")
+    _, _, section = done.out.partition("\nmodel:\n")
+    lines = [line for line in section.split("\n\n")[0].splitlines() if line.startswith("  ")]
+    assert len(lines) > 2 and all("  # " in line for line in lines), lines
 
 
 def test_config_takes_settings(call: Call) -> None:
@@ -295,6 +317,141 @@ def test_to_supervision(trained: Path, drawn_once: Path) -> None:
     np.testing.assert_array_equal(found.confidence, result.scores)
     np.testing.assert_array_equal(found.class_id, result.labels)
     assert found.data["class_name"].tolist() == result.names
+
+
+# ---------------------------------------------------------------------------------------------------- choices at run time
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    width, height = (np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])).clip(0)
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
+    return float(width * height / (sum(areas) - width * height))
+
+
+def kept_by_hand(result: Result, most: float) -> list[int]:
+    kept: list[int] = []
+    boxes = result.boxes.double().numpy()
+    for index in range(len(result)):  # best first
+        if all(iou(boxes[index], boxes[other]) <= most for other in kept):
+            kept.append(index)
+    return kept
+
+
+@pytest.fixture
+def crowded() -> Result:
+    """Boxes that overlap a lot, of two classes, with a mask each."""
+    corner, size = (
+        torch.rand(40, 2, generator=(g := torch.Generator().manual_seed(0))) * 40,
+        20 + 40 * torch.rand(40, 2, generator=g),
+    )
+    classes = ClassMap((1, 2), ("a", "b"), (True, True))
+    values = {"boxes": torch.cat((corner, corner + size), 1), "masks": torch.rand(40, 5, 5, generator=g) > 0.5}
+    return Result(torch.linspace(1, 0, 40), torch.arange(40) % 2, classes, (100, 100), values)
+
+
+@pytest.mark.parametrize("most", [0.0, 0.3, 0.7])
+def test_boxes_that_overlap_are_dropped(crowded: Result, most: float) -> None:
+    kept, result = kept_by_hand(crowded, most), crowded.without_overlaps(most)
+    assert 0 < len(kept) < 40 and torch.equal(result.scores, crowded.scores[kept]), "the better of two stays, and best first"
+    assert torch.equal(result.labels, crowded.labels[kept]) and torch.equal(result.masks, crowded.masks[kept])
+    assert torch.equal(result.boxes, crowded.boxes[kept])
+
+
+def test_where_nothing_is_dropped(crowded: Result) -> None:
+    twice = replace(crowded, values={name: value[[0] * 40] for name, value in crowded.values.items()})
+    assert len(twice.without_overlaps(1)) == 40 and len(twice.without_overlaps(0.99)) == 1
+    assert len(replace(crowded, values={}).without_overlaps(0.1)) == 40, "a result without boxes"
+    assert len(crowded.above(2).without_overlaps(0.5)) == 0
+
+
+def test_overlap_everywhere(call: Call, trained: Path, drawn_once: Path, tmp_path: Path) -> None:
+    """`load`, `predict` and `eval` drop the same boxes, by the flag or by the checkpoint's settings."""
+    picture, most = drawn_once / "images" / "val_00000.png", 0.2
+    whole = queryvision.load(trained / "best.pt").predict(picture, threshold=0)
+    wanted = whole.scores[kept_by_hand(whole, most)].tolist()
+    assert 0 < len(wanted) < 12
+    assert queryvision.load(trained / "best.pt", overlap=most).predict(picture, threshold=0).scores.tolist() == wanted
+    content = load_checkpoint(trained / "best.pt")
+    content["config"]["evaluation"]["overlap"] = most
+    save_checkpoint(tmp_path / "strict.pt", content)
+    assert queryvision.load(tmp_path / "strict.pt").predict(picture, threshold=0).scores.tolist() == wanted
+    assert len(queryvision.load(tmp_path / "strict.pt", overlap=1).predict(picture, threshold=0)) == 12
+    words = (trained / "best.pt", picture, "--threshold", "0", "-o", tmp_path / "out", "--json", "--overlap", most)
+    scores = [record["score"] for record in json.loads(call("predict", *words).out)]
+    assert scores == pytest.approx(wanted, abs=1e-6)
+    (id_,) = [
+        image["id"]
+        for image in json.loads((drawn_once / "annotations" / "instances_val.json").read_text())["images"]
+        if image["file_name"] == picture.name
+    ]
+    for checkpoint, flags in ((trained / "best.pt", ("--overlap", most)), (tmp_path / "strict.pt", ())):
+        assert call("eval", checkpoint, *flags, "--save-json", tmp_path / "all.json").code == 0
+        scores = [row["score"] for row in json.loads((tmp_path / "all.json").read_text()) if row["image_id"] == id_]
+        assert scores == pytest.approx(wanted, abs=1e-6)
+
+
+def test_early_exit(call: Call, trained: Path, drawn_once: Path, tmp_path: Path) -> None:
+    picture = drawn_once / "images" / "val_00000.png"
+    whole, early = queryvision.load(trained / "best.pt"), queryvision.load(trained / "best.pt", layers=1)
+    cut = queryvision.load(trained / "best.pt")
+    cut.model.decoder.layers = cut.model.decoder.layers[:1]
+    found = early.predict(picture, threshold=0)
+    equal(found, cut.predict(picture, threshold=0))
+    assert not np.allclose(found.boxes, whole.predict(picture, threshold=0).boxes, atol=1e-3)
+    words = ("--threshold", "0", "--layers", "1", "-o", tmp_path / "out", "--json")
+    scores = [record["score"] for record in json.loads(call("predict", trained / "best.pt", picture, *words).out)]
+    np.testing.assert_allclose(scores, found.scores, atol=1e-6)
+    metrics = queryvision.evaluate(trained / "best.pt", layers=1, quiet=True)
+    assert metrics == pytest.approx(json.loads(call("eval", trained / "best.pt", "--layers", "1", "--json").out))
+    assert metrics != pytest.approx(queryvision.evaluate(trained / "best.pt", quiet=True))
+
+
+def test_the_number_of_queries_reaches_the_model(
+    call: Call, trained: Path, drawn_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(QueryModel, "set_num_queries", lambda self, count: asked.append(count))
+    picture = drawn_once / "images" / "val_00000.png"
+    queryvision.load(trained / "best.pt", queries=5)
+    assert call("eval", trained / "best.pt", "--queries", "6").code == 0
+    assert call("predict", trained / "best.pt", picture, "--queries", "7", "-o", tmp_path / "out").code == 0
+    queryvision.load(trained / "best.pt")
+    assert asked == [5, 6, 7]
+
+
+# ---------------------------------------------------------------------------------------------------- convert
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_a_reader(family: str) -> None:
+    if importlib.util.find_spec(FAMILIES[family]) is None:
+        pytest.skip("nobody has written this reader yet")
+    reader = reader_of(family)
+    assert resolve_task(reader.TASK).name == reader.TASK
+    assert list(inspect.signature(reader.read).parameters)[0] == "source"
+    assert list(inspect.signature(reader.fill).parameters) == ["model", "state", "heads"]
+
+
+def test_convert_asks_the_reader_of_the_family(
+    call: Call, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the reader says becomes a checkpoint: preset, model, classes, weights."""
+    content, asked = load_checkpoint(trained / "best.pt"), []
+
+    def read(source: str, *rest: object) -> dict[str, Any]:
+        asked.append((source, *rest))
+        classes = ClassMap.from_dict(content["classes"])
+        return {"state": content["model"], "model": content["config"]["model"], "classes": classes, "config": "detr_r50_coco"}
+
+    def fill(model: QueryModel, state: dict[str, Any], heads: dict[str, Any]) -> None:
+        assert set(heads) == {"labels", "boxes"}
+        model.load_state_dict(state)
+
+    reader = types.SimpleNamespace(TASK="detection", read=read, fill=fill)
+    monkeypatch.setitem(FAMILIES, "toy", "toy_reader")
+    monkeypatch.setitem(sys.modules, "toy_reader", reader)
+    done = call("convert", "theirs.pth", "--from", "toy", "-o", tmp_path / "ours.pt")
+    assert done.code == 0 and "theirs.pth" in done.out and asked == [("theirs.pth",)], done
+    found = load_checkpoint(tmp_path / "ours.pt")
+    assert found["config"]["model"] == content["config"]["model"] and found["classes"] == content["classes"]
+    assert found["config"]["name"] == "detr_r50_coco" and found["config"]["data"]["image_size"] == 800
+    assert all(torch.equal(value, found["model"][name]) for name, value in content["model"].items())
 
 
 # ---------------------------------------------------------------------------------------------------- data, trace

@@ -9,14 +9,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
-from tiny import TINY, Run
+from tiny import TINY, Call, Run
 
 import queryvision
+from queryvision.config import load_config
 from queryvision.engine.checkpoint import load_checkpoint
 
 STEPS = ("--steps", "12", "--set", "train.log_every=2", "--set", "train.save_every=3", "--set", "train.eval_every=6")
@@ -68,6 +71,69 @@ def test_killed_and_resumed_equals_uninterrupted(scenes: Path, tmp_path: Path, q
             for key, value in first.get(part, {}).items():
                 assert torch.equal(value, second[part][key]), f"{name} {part} {key}"
     assert json.loads((a / "summary.json").read_text())["metrics"] == json.loads((b / "summary.json").read_text())["metrics"]
+
+
+def test_a_floor_of_steps(call: Call, scenes: Path, tmp_path: Path) -> None:
+    """It belongs to the epochs of the same file; one warning where the steps are few."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("task: detection\ntrain:\n  epochs: 1\n  min_steps: 5\nevaluation:\n  pictures: 0\n")
+    words = ("train", "--config", file, "--data", scenes, *TINY, "--output", tmp_path / "runs")
+    for flags, steps in (((), 5), (("--epochs", "1"), 3), (("--set", "train.epochs=1", "--set", "train.min_steps=4"), 4)):
+        done = call(*words, *flags)
+        assert done.code == 0 and f" {steps} steps (" in done.out, done
+        assert [line for line in done.out.splitlines() if f"{steps} steps are few" in line and "--steps" in line], done
+    assert load_config(None, str(file), {"train.steps": 2}).train.min_steps == 5
+    done = call(*words, "--steps", "2")
+    assert done.code == 0 and " 2 steps (" in done.out, "steps that are given are the steps"
+    assert sum(line.startswith("warning: ") for line in done.out.splitlines()) == 1
+    assert load_config("detection", None, {"data.path": "x"}).train.min_steps == 1500
+    assert load_config("detection", None, {"data.path": "x", "train.epochs": 3}).train.min_steps == 0
+
+
+def test_fine_tuning_on_other_classes(call: Call, trained: Path, spoil: Callable[..., Path], tmp_path: Path) -> None:
+    """From our own checkpoint, by the flag and from Python; a class that kept its name knows what it knew."""
+
+    def rename(content: dict[str, Any]) -> None:
+        for row in content["categories"]:
+            row["name"] = {"figure": "zebra", "ball": "Ball"}.get(row["name"], row["name"])
+
+    data, source = spoil(rename, "train", "val"), trained / "best.pt"
+    words = (
+        *TINY,
+        "--weights",
+        source,
+        "--steps",
+        "1",
+        "--lr",
+        "1e-9",
+        "--set",
+        "train.ema=0",
+        "--set",
+        "evaluation.pictures=0",
+    )
+    done = call("train", "--data", data, *words, "--output", tmp_path / "a")
+    assert done.code == 0, done
+    for text in (f"tensors from {source} (task detection, step 12)", "Ball", "new classes: zebra", "not used: nothing"):
+        assert text in done.out, done.out
+    found, before = load_checkpoint(tmp_path / "a" / "detection" / "custom" / "last.pt"), load_checkpoint(source)
+    assert found["step"] == 1, "a run of its own"
+    names, old = found["classes"]["names"], before["classes"]["names"]
+    kept = [name for name in names if name != "zebra"]
+    rows = {
+        key: value for key, value in found["model"].items() if key.startswith("heads.labels") and len(value) == len(names) + 1
+    }
+    assert rows
+    for key, value in rows.items():
+        mine = value[[names.index(name) for name in kept]]
+        theirs = before["model"][key][[old.index(name.replace("Ball", "ball")) for name in kept]]
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
+        zebra, figure = value[names.index("zebra")], before["model"][key][old.index("figure")]
+        assert not torch.allclose(zebra, figure, atol=1e-3)
+    settings = [text for text in TINY if "=" in text] + ["train.ema=0", "evaluation.pictures=0"]
+    python = queryvision.train("detection", data=data, weights=source, steps=1, lr=1e-9, image_size=64, batch_size=4,
+                               output=tmp_path / "b", settings=settings)  # fmt: skip
+    again = load_checkpoint(python / "last.pt")["model"]
+    assert all(torch.equal(value, again[key]) for key, value in found["model"].items())
 
 
 def test_resume_without_a_run_is_an_error(scenes: Path, tmp_path: Path, qv: Run) -> None:
