@@ -13,7 +13,12 @@ from queryvision.config import load_config
 from queryvision.data.classes import ClassMap
 from queryvision.data.coco import open_dataset
 from queryvision.errors import ConfigError
+from queryvision.head import Head, View
+from queryvision.model.cross_attention import DeformableCrossAttention
 from queryvision.model.decoder import Decoder, DecoderLayer
+from queryvision.model.deformable_encoder import DeformableEncoderLayer
+from queryvision.model.neck import Pyramid
+from queryvision.model.proposals import SelectedQueries
 from queryvision.model.query_model import QueryModel
 from queryvision.structures import Features, ImageBatch, Memory, Queries
 from queryvision.task import resolve_task
@@ -72,8 +77,9 @@ def trace_model(model: QueryModel, height: int, width: int) -> list[Step]:
     handles = []
 
     def watch(module: nn.Module, part: str, what: str, own: list[Step]) -> None:
-        def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
-            own.extend(Step(part, label, shape) for label, shape in _shapes(module, what, output))
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            name = part + _place(inputs[0]) if isinstance(module, Head) else part
+            own.extend(Step(name, label, shape) for label, shape in _shapes(module, what, output))
 
         handles.append(module.register_forward_hook(hook))
 
@@ -87,11 +93,21 @@ def trace_model(model: QueryModel, height: int, width: int) -> list[Step]:
     return [Step("image", "pixels, uint8 RGB", _shape(pixels)), *(step for own in found for step in own)]
 
 
+def _place(view: View) -> str:
+    """Where a head was asked, unless it is the last layer."""
+    stage = view.stage
+    if stage.last:
+        return ""
+    return f", layer {stage.index + 1}" if stage.kind == "layer" else f", {stage.kind}s"
+
+
 def _parts(model: QueryModel) -> list[tuple[nn.Module, str, str]]:
     """The parts worth a line, as far as this model has them."""
+    pyramid, selected = isinstance(model.neck, Pyramid), isinstance(model.queries, SelectedQueries)
+    convolutions = "a convolution a level" if pyramid else "1x1 convolution"
     parts: list[tuple[nn.Module, str, str]] = [
         (model.backbone, "backbone", "feature map"),
-        (model.neck, "neck", "1x1 convolution to the width of the transformer"),
+        (model.neck, "neck", f"{convolutions} to the width of the transformer"),
     ]
     texts = {
         "flatten": "every cell a token; no patches, no class token",
@@ -100,12 +116,16 @@ def _parts(model: QueryModel) -> list[tuple[nn.Module, str, str]]:
     parts += [(getattr(model.encoder, name), name, what) for name, what in texts.items() if hasattr(model.encoder, name)]
     encoder_layers: Any = getattr(model.encoder, "layers", [])
     for index, layer in enumerate(encoder_layers):
-        parts.append((layer, f"encoder layer {index + 1}", "tokens look at all tokens"))
+        where = "at a few places on every level" if isinstance(layer, DeformableEncoderLayer) else "at all tokens"
+        parts.append((layer, f"encoder layer {index + 1}", f"tokens look {where}"))
     parts.append((model.encoder, "memory", "what the decoder may look at"))
-    parts.append((model.queries, "object queries", "the decoder's input, not image features"))
+    source = "chosen among the tokens' proposals" if selected else "the decoder's input, not image features"
+    parts.append((model.queries, "object queries", source))
     decoder_layers: Any = model.decoder.layers
     for index, layer in enumerate(decoder_layers):
-        parts.append((layer, f"decoder layer {index + 1}", "queries talk to each other, then look at the memory"))
+        around = isinstance(layer.cross_attn, DeformableCrossAttention)
+        look = "look around their anchors" if around else "look at the memory"
+        parts.append((layer, f"decoder layer {index + 1}", f"queries talk to each other, then {look}"))
     parts.append((model.decoder, "decoder", "normed states of the last layer"))
     parts += [(head, f"head '{name}'", "") for name, head in model.heads.items()]
     return parts

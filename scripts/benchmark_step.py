@@ -1,7 +1,11 @@
-"""Time and memory of DETR-R50 against a named peer, side by side in one run, interleaved.
+"""Time and memory of a published model against a named peer, side by side in one run, interleaved.
 
-    python scripts/benchmark_step.py --peer transformers [--rounds 7] [--only training inference assignment memory]
+    python scripts/benchmark_step.py --peer transformers [--model detr deformable dino] [--rounds 7]
+                                     [--only training inference assignment memory]
 
+Models, all with a ResNet-50: `detr`; `deformable` is the two-stage Deformable DETR; `dino` has 900 queries and feed-forward
+parts of 2048, and its peer is a two-stage Deformable DETR of the same sizes (without denoising queries, which `transformers`
+does not have: the figure `same work` leaves them out of ours, too).
 Training step: forward, loss, backward, AdamW, at 2x480x640. Inference: 1x800x1066. Assignment: costs and matching of 6 layers x
 16 images x 100 queries x 20 targets against the published way (a matrix over all images, layer by layer). Peak memory is that
 of a process of its own which does three training steps. Needs the test extra.
@@ -17,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +33,7 @@ from queryvision.criterion import Criterion
 from queryvision.matching import match
 from queryvision.ops.boxes import cxcywh_to_xyxy
 from queryvision.structures import ImageBatch, Round, Stage, Targets
-from queryvision.tasks.detection import BoxHead, LabelHead, detr_r50
+from queryvision.tasks.detection import BoxHead, LabelHead, deformable_detr_r50, detr_r50, dino_r50
 
 CLASSES = 91
 
@@ -64,11 +68,19 @@ def update(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-class Ours:
-    """DETR-R50 of this project."""
+OURS: dict[str, Callable[[], torch.nn.Module]] = {
+    "detr": lambda: detr_r50(CLASSES),
+    "deformable": lambda: deformable_detr_r50(CLASSES, refine=True, two_stage=True),
+    "dino": lambda: dino_r50(CLASSES),
+    "dino without denoising": lambda: dino_r50(CLASSES, denoising=0),
+}
 
-    def __init__(self) -> None:
-        self.model = detr_r50(CLASSES)
+
+class Ours:
+    """A model of this project."""
+
+    def __init__(self, name: str) -> None:
+        self.model: Any = OURS[name]()
         self.criterion = Criterion(self.model.heads.heads(), self.model.steering)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
@@ -86,26 +98,18 @@ class Ours:
 
 
 class Transformers:
-    """`DetrForObjectDetection` with its default attention and the losses of all layers.
+    """The model of `transformers` with its default attention and the losses of all layers.
 
     Args:
+        name: of the model.
         dropout: of attention weights and inside the feed-forward parts: 0.1 as published and ours; its default is 0.
     """
 
-    def __init__(self, dropout: float = 0.1) -> None:
-        from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
-
-        config = DetrConfig(
-            num_labels=CLASSES,
-            auxiliary_loss=True,
-            backbone_config=ResNetConfig(out_features=["stage4"]),
-            attention_dropout=dropout,
-            activation_dropout=dropout,
-        )
-        self.model = DetrForObjectDetection(config)
-        for name, parameter in self.model.model.backbone.named_parameters():
+    def __init__(self, name: str, dropout: float = 0.1) -> None:
+        self.model = peer_detr(dropout) if name == "detr" else peer_deformable(dropout, name == "dino")
+        for key, parameter in self.model.model.backbone.named_parameters():
             # As published: stem and first stage frozen. transformers 5.23 freezes all of its own ResNet, which is less work.
-            parameter.requires_grad_(any(f"stages.{i}" in name for i in (1, 2, 3)) and "normalization" not in name)
+            parameter.requires_grad_(any(f"stages.{i}" in key for i in (1, 2, 3)) and "normalization" not in key)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-6)
 
@@ -119,6 +123,42 @@ class Transformers:
         self.model.eval()
         with torch.inference_mode():
             self.model(pixels)
+
+
+def peer_detr(dropout: float) -> Any:
+    from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
+
+    backbone = ResNetConfig(out_features=["stage4"])
+    config = DetrConfig(
+        num_labels=CLASSES, auxiliary_loss=True, backbone_config=backbone, attention_dropout=dropout, activation_dropout=dropout
+    )
+    return DetrForObjectDetection(config)
+
+
+def peer_deformable(dropout: float, large: bool) -> Any:
+    """Two-stage Deformable DETR; `large`: with DINO's sizes, and no dropout at all, as DINO."""
+    from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
+
+    rates = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0)
+    if not large:
+        rates = {"dropout": 0.1, "attention_dropout": dropout, "activation_dropout": dropout}
+    queries, ffn = (900, 2048) if large else (300, 1024)
+    config = DeformableDetrConfig(
+        num_labels=CLASSES,
+        auxiliary_loss=True,
+        use_timm_backbone=False,
+        backbone=None,
+        use_pretrained_backbone=False,
+        backbone_config=ResNetConfig(out_features=["stage2", "stage3", "stage4"]),
+        with_box_refine=True,
+        two_stage=True,
+        num_queries=queries,
+        two_stage_num_proposals=queries,
+        encoder_ffn_dim=ffn,
+        decoder_ffn_dim=ffn,
+        **rates,
+    )
+    return DeformableDetrForObjectDetection(config)
 
 
 def interleaved(name: str, ours: Callable[[], Any], peer: Callable[[], Any], rounds: int) -> dict[str, Any]:
@@ -172,14 +212,14 @@ def assignment(rounds: int) -> list[dict[str, Any]]:
     return results
 
 
-def peak_memory(side: str) -> float:
+def peak_memory(side: str, name: str) -> float:
     """Peak resident MB of a fresh process that does three training steps."""
-    run = [sys.executable, __file__, "--child", side]
+    run = [sys.executable, __file__, "--child", side, "--model", name]
     return float(subprocess.run(run, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-def child(side: str) -> None:
-    model = Ours() if side == "ours" else Transformers()
+def child(side: str, name: str) -> None:
+    model = Ours(name) if side == "ours" else Transformers(name)
     pixels, targets = torch.randn(2, 3, 480, 640), random_targets(2, 8)
     for _ in range(3):
         model.train(pixels, targets)
@@ -190,42 +230,50 @@ def child(side: str) -> None:
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
+def compare(model: str, only: Sequence[str], rounds: int) -> list[dict[str, Any]]:
+    """Training, inference and peak memory of one model."""
+    results: list[dict[str, Any]] = []
+    if {"training", "inference"} & set(only):
+        ours, peer = Ours(model), Transformers(model)
+    if "training" in only:
+        pixels, targets = torch.randn(2, 3, 480, 640), random_targets(2, 8)
+        pairs = [("as published", ours, peer)]
+        if model == "dino":
+            pairs.append(("same work", Ours("dino without denoising"), peer))
+        else:
+            pairs.append(("its default, less dropout", ours, Transformers(model, dropout=0.0)))
+        for what, a, b in pairs:
+            steps = (lambda m=a: m.train(pixels, targets), lambda m=b: m.train(pixels, targets))
+            results.append(interleaved(f"{model}: training step 2x480x640 / {what}", *steps, rounds))
+        del pairs
+    if "inference" in only:
+        photo = torch.randn(1, 3, 800, 1066)
+        looks = (lambda: ours.infer(photo), lambda: peer.infer(photo))
+        results.append(interleaved(f"{model}: inference 1x800x1066", *looks, rounds))
+    if "memory" in only:
+        a, b = peak_memory("ours", model), peak_memory("peer", model)
+        print(f"{model + ': peak memory of training steps':52s} ours {a:8.0f} MB   peer {b:8.0f} MB   ratio {a / b:.2f}")
+        results.append({"name": f"{model}: peak memory", "ours_mb": a, "peer_mb": b, "ratio": a / b})
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", choices=["transformers"], default="transformers")
+    parser.add_argument("--model", nargs="*", choices=list(OURS), default=["detr"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", nargs="*", default=["training", "inference", "assignment", "memory"])
     parser.add_argument("--json", help="write the figures there")
     parser.add_argument("--child", choices=["ours", "peer"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        child(options.child)
+        child(options.child, options.model[0])
         return
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, median of {options.rounds}, interleaved")
-    results: list[dict[str, Any]] = []
-    if {"training", "inference"} & set(options.only):
-        ours, peer = Ours(), Transformers()
-    if "training" in options.only:
-        pixels, targets = torch.randn(2, 3, 480, 640), random_targets(2, 8)
-        lighter = Transformers(dropout=0.0)
-        for name, other in (("as published", peer), ("its default, less dropout", lighter)):
-            name = f"training step 2x480x640 / {name}"
-            results.append(
-                interleaved(name, lambda: ours.train(pixels, targets), lambda m=other: m.train(pixels, targets), options.rounds)
-            )
-        del lighter
-    if "inference" in options.only:
-        photo = torch.randn(1, 3, 800, 1066)
-        results.append(
-            interleaved("inference 1x800x1066", lambda: ours.infer(photo), lambda: peer.infer(photo), options.rounds)
-        )
+    results = [result for model in options.model for result in compare(model, options.only, options.rounds)]
     if "assignment" in options.only:
         results += assignment(options.rounds)
-    if "memory" in options.only:
-        a, b = peak_memory("ours"), peak_memory("peer")
-        print(f"{'peak memory of training steps':52s} ours {a:8.0f} MB   peer {b:8.0f} MB   ratio {a / b:.2f}")
-        results.append({"name": "peak memory", "ours_mb": a, "peer_mb": b, "ratio": a / b})
     if options.json:
         with open(options.json, "w") as file:
             json.dump(results, file, indent=2)

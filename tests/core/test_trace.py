@@ -52,15 +52,17 @@ def test_the_numbers_that_a_reader_of_the_paper_expects(published: list[Step]) -
     ]
 
 
-def test_another_configuration_gives_other_shapes() -> None:
+def test_several_levels_and_proposals_have_their_lines() -> None:
     steps = trace("default", "128x96")
     found = shapes(steps)
     assert found["image"] == "(1,3,128,96)"
-    assert found["neck"] == "(1,128,8,6)"
-    assert found["memory"] == "(1,48,128)"
-    assert found["decoder"] == "(1,30,128)"
-    assert found["head 'boxes'"] == "(1,30,4)"
-    assert sum(step.part.startswith("encoder layer") for step in steps) == 2
+    assert [step.shape for step in steps if step.part == "neck"] == ["(1,128,16,12)", "(1,128,8,6)", "(1,128,4,3)"]
+    assert found["memory"] == "(1,252,128)"
+    assert found["decoder"] == "(1,60,128)"
+    places = ["head 'boxes', proposals", "head 'boxes', layer 1", "head 'boxes', layer 2", "head 'boxes'"]
+    assert [step.part for step in steps if step.part.startswith("head 'boxes'")] == places
+    assert {found[place] for place in places} == {"(1,60,4)"}
+    assert sum(step.part.startswith("encoder layer") for step in steps) == 1
     assert sum(step.part.startswith("decoder layer") for step in steps) == 3
 
 
