@@ -45,7 +45,11 @@ class BoxHead(Head):
     """
 
     name = "boxes"
-    published: ClassVar[dict[str, dict[str, str]]] = {"detr": {"bbox_embed.": "mlp.layers.0."}}
+    published: ClassVar[dict[str, dict[str, str]]] = {
+        "detr": {"bbox_embed.": "mlp.layers.0."},
+        "deformable_detr": {"bbox_embed.": "mlp.layers.", "transformer.enc_out_bbox_embed.": "mlp.proposals."},
+        "dino": {"bbox_embed.": "mlp.layers.", "transformer.enc_out_bbox_embed.": "mlp.proposals."},
+    }
 
     def __init__(
         self,

@@ -43,7 +43,15 @@ class LabelHead(Head):
     """
 
     name = "labels"
-    published: ClassVar[dict[str, dict[str, str]]] = {"detr": {"class_embed.": "linear.layers.0."}}
+    published: ClassVar[dict[str, dict[str, str]]] = {
+        "detr": {"class_embed.": "linear.layers.0."},
+        "deformable_detr": {"class_embed.": "linear.layers.", "transformer.enc_out_class_embed.": "linear.proposals."},
+        "dino": {
+            "class_embed.": "linear.layers.",
+            "transformer.enc_out_class_embed.": "linear.proposals.",
+            "label_enc.": "embedding.",
+        },
+    }
     class_rows: ClassVar[tuple[str, ...]] = (r"linear\..*\.(weight|bias)", r"embedding\.weight")
 
     def __init__(
