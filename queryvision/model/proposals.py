@@ -152,13 +152,14 @@ def grid_anchors(memory: Memory, size: float = 0.05) -> tuple[Tensor, Tensor]:
     """A box at every token, growing with the level (Deformable-DETR:models/deformable_transformer.py).
 
     Returns:
-        Anchors (B,N,4) cx cy w h of the unpadded image, and which tokens are no padding and not at the very edge (B,N) bool.
+        Anchors (B,N,4) cx cy w h of the unpadded image, and which tokens are no padding and not at the very edge (B,N) bool;
+        the others get (1,1,1,1), as published, which no object is like.
     """
     centres = cell_centres(memory)
     rows = [centres.new_full((height * width, 2), size * 2**level) for level, (height, width) in enumerate(memory.shapes)]
     boxes = torch.cat((centres, torch.cat(rows).expand(len(centres), -1, -1)), -1)
-    valid = ((boxes > 0.01) & (boxes < 0.99)).all(-1)
-    return boxes, valid if memory.padding is None else valid & ~memory.padding
+    valid = ((boxes > 0.01) & (boxes < 0.99)).all(-1)  # false in padding, too, where centres lie beyond 1
+    return boxes.masked_fill(~valid[..., None], 1.0), valid
 
 
 def _rows(values: Tensor, index: Tensor) -> Tensor:

@@ -1,0 +1,129 @@
+"""Names and shapes of the tensors in published checkpoints, written down by hand; no weights are needed to test a reader."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def stand_ins(shapes: Shapes) -> dict[str, Tensor]:
+    """A tensor of each shape; no two are equal, and all of them together take no room."""
+    return {name: torch.tensor(float(index)).expand(shape) for index, (name, shape) in enumerate(shapes.items(), 1)}
+
+
+def linear(name: str, out: int, into: int) -> Shapes:
+    return {f"{name}.weight": (out, into), f"{name}.bias": (out,)}
+
+
+def norm(name: str, width: int = 256) -> Shapes:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def mlp(name: str, *widths: int) -> Shapes:
+    pairs = enumerate(zip(widths[:-1], widths[1:], strict=True))
+    return {k: v for i, (into, out) in pairs for k, v in linear(f"{name}.layers.{i}", out, into).items()}
+
+
+def convolution(name: str, out: int, into: int, size: int) -> Shapes:
+    return {f"{name}.weight": (out, into, size, size)}
+
+
+def frozen_norm(name: str, width: int) -> Shapes:
+    return {f"{name}.{what}": (width,) for what in ("weight", "bias", "running_mean", "running_var")}
+
+
+def resnet50() -> Shapes:
+    body = "backbone.0.body"
+    shapes = convolution(f"{body}.conv1", 64, 3, 7) | frozen_norm(f"{body}.bn1", 64)
+    into = 64
+    for stage, blocks in enumerate((3, 4, 6, 3)):
+        inner, out = 64 * 2**stage, 256 * 2**stage
+        for block in range(blocks):
+            name = f"{body}.layer{stage + 1}.{block}"
+            for index, (o, i, size) in enumerate(((inner, into, 1), (inner, inner, 3), (out, inner, 1)), 1):
+                shapes |= convolution(f"{name}.conv{index}", o, i, size) | frozen_norm(f"{name}.bn{index}", o)
+            if block == 0:
+                shapes |= convolution(f"{name}.downsample.0", out, into, 1) | frozen_norm(f"{name}.downsample.1", out)
+            into = out
+    return shapes
+
+
+def deformable_attention(name: str, levels: int) -> Shapes:
+    return (
+        linear(f"{name}.sampling_offsets", 8 * levels * 4 * 2, 256)
+        | linear(f"{name}.attention_weights", 8 * levels * 4, 256)
+        | linear(f"{name}.value_proj", 256, 256)
+        | linear(f"{name}.output_proj", 256, 256)
+    )
+
+
+def deformable_parts(channels: Sequence[int], ffn: int) -> Shapes:
+    """What Deformable DETR and DINO have in common: one input projection of each level, and 6 + 6 layers."""
+    levels = len(channels)
+    shapes = resnet50() | {"transformer.level_embed": (levels, 256)}
+    for level, into in enumerate(channels):
+        name = f"input_proj.{level}"
+        size = 3 if level == levels - 1 else 1
+        shapes |= convolution(f"{name}.0", 256, into, size) | {f"{name}.0.bias": (256,)} | norm(f"{name}.1")
+    for index in range(6):
+        for side, attention, norms in (("encoder", "self_attn", 2), ("decoder", "cross_attn", 3)):
+            name = f"transformer.{side}.layers.{index}"
+            shapes |= deformable_attention(f"{name}.{attention}", levels)
+            shapes |= linear(f"{name}.linear1", ffn, 256) | linear(f"{name}.linear2", 256, ffn)
+            for number in range(norms):
+                shapes |= norm(f"{name}.norm{number + 1}")
+        name = f"transformer.decoder.layers.{index}.self_attn"
+        shapes |= {f"{name}.in_proj_weight": (768, 256), f"{name}.in_proj_bias": (768,)} | linear(f"{name}.out_proj", 256, 256)
+    return shapes
+
+
+def heads(prefix: str, sets: int) -> Shapes:
+    shapes: Shapes = {}
+    for index in range(sets):
+        shapes |= linear(f"{prefix}class_embed.{index}", 91, 256) | mlp(f"{prefix}bbox_embed.{index}", 256, 256, 256, 4)
+    return shapes
+
+
+def deformable_detr(refine: bool = False, two_stage: bool = False) -> Shapes:
+    """r50_deformable_detr[_plus_iterative_bbox_refinement[_plus_plus_two_stage]]-checkpoint.pth of Deformable-DETR."""
+    sets = 7 if two_stage else 6
+    copies = heads("transformer.decoder.", sets)
+    shapes = deformable_parts((512, 1024, 2048, 2048), 1024) | heads("", sets)
+    if refine:
+        shapes |= {name: shape for name, shape in copies.items() if two_stage or "bbox_embed" in name}
+    if not two_stage:
+        return shapes | {"query_embed.weight": (300, 512)} | linear("transformer.reference_points", 2, 256)
+    shapes |= linear("transformer.enc_output", 256, 256) | norm("transformer.enc_output_norm")
+    return shapes | linear("transformer.pos_trans", 512, 512) | norm("transformer.pos_trans_norm", 512)
+
+
+def dino(levels: int = 4) -> Shapes:
+    """checkpoint0011_4scale.pth and checkpoint0011_5scale.pth of DINO."""
+    channels = (512, 1024, 2048, 2048) if levels == 4 else (256, 512, 1024, 2048, 2048)
+    return (
+        deformable_parts(channels, 2048)
+        | heads("", 6)
+        | heads("transformer.decoder.", 6)
+        | {"transformer.tgt_embed.weight": (900, 256), "label_enc.weight": (92, 256)}
+        | norm("transformer.decoder.norm")
+        | mlp("transformer.decoder.ref_point_head", 512, 256, 256)
+        | linear("transformer.enc_output", 256, 256)
+        | norm("transformer.enc_output_norm")
+        | linear("transformer.enc_out_class_embed", 91, 256)
+        | mlp("transformer.enc_out_bbox_embed", 256, 256, 256, 4)
+    )
+
+
+def with_copies(state: dict[str, Tensor], shared: bool) -> dict[str, Tensor]:
+    """Makes the tensors equal that are one in the published model: heads in the decoder, and of all layers if `shared`."""
+    out = {}
+    for name in state:
+        parts = name.removeprefix("transformer.decoder.").split(".")
+        if shared and parts[0] in ("class_embed", "bbox_embed"):
+            parts[1] = "0"
+        out[name] = state[".".join(parts)] if parts[0] in ("class_embed", "bbox_embed") else state[name]
+    return out
