@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json as json_module
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -194,8 +195,8 @@ def convert(source: str | Path, family: str, output: str | Path, *, dc5: bool | 
         ConfigError: nobody reads that family, or it knows no `dc5`.
     """
     reader = reader_of(family)
-    if dc5 is not None and family != "detr":
-        raise ConfigError(f"--dc5: only checkpoints of --from detr can be dilated, not those of {family}")
+    if dc5 is not None and "dc5" not in inspect.signature(reader.read).parameters:
+        raise ConfigError(f"--dc5: checkpoints of --from {family} are never dilated")
     writable_file(output)
     found = reader.read(str(source)) if dc5 is None else reader.read(str(source), dc5)
     task = resolve_task(reader.TASK)

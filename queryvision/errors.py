@@ -39,3 +39,15 @@ def nearest(name: str, valid: Iterable[str]) -> str:
         few = difflib.get_close_matches(name, options, n=8, cutoff=0)
         return f"{hint}The closest of {len(options)}: {', '.join(few)}"
     return f"{hint}Valid: {', '.join(options)}"
+
+
+def check_range(where: str, low: float, high: float, **given: float | None) -> None:
+    """Refuses a number outside of `low` .. `high`; None is left out.
+
+    Raises:
+        ConfigError: names the first one and `where` it stands.
+    """
+    for name, value in given.items():
+        if value is not None and not low <= value <= high:
+            limit = f"at least {low}" if high == float("inf") else f"{low} to {high}"
+            raise ConfigError(f"{where}.{name} = {value}: must be {limit}")

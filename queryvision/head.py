@@ -131,7 +131,7 @@ class Head(nn.Module):
     matched_by: Literal["stage", "union"] = "stage"
     weights: dict[str, float]
     published: ClassVar[dict[str, dict[str, str]]] = {}
-    class_rows: ClassVar[tuple[str, ...]] = ()
+    class_rows: tuple[str, ...] = ()
 
     def prepare(self, scene: Scene) -> Any:
         """Whatever its stages share of one batch; default None."""

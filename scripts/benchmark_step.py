@@ -260,7 +260,7 @@ def compare(model: str, only: Sequence[str], rounds: int) -> list[dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", choices=["transformers"], default="transformers")
-    parser.add_argument("--model", nargs="*", choices=list(OURS), default=["detr"])
+    parser.add_argument("--model", nargs="*", choices=["detr", "deformable", "dino"], default=["detr"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", nargs="*", default=["training", "inference", "assignment", "memory"])
     parser.add_argument("--json", help="write the figures there")

@@ -29,7 +29,7 @@ SMALL = [
 DEFORMABLE = ["model.name=deformable_detr", "model.num_levels=3", "heads.labels.loss=focal", "heads.labels.cost=2.0",
               "heads.labels.weight=2.0"]  # fmt: skip
 MODELS = {
-    "detr": ["model.name=detr", "model.stride=16"],
+    "detr": ["model.name=detr", "model.stride=16", "heads.labels.loss=softmax", "heads.labels.cost=1.0"],
     "deformable": DEFORMABLE,
     "two_stage": [*DEFORMABLE, "model.refine=true", "model.two_stage=true"],
     "dino": ["model.name=dino", "model.num_levels=3", "model.denoising=40", "heads.labels.loss=focal", "heads.labels.cost=2.0"],

@@ -62,6 +62,11 @@ def _no_part(modules: Mapping[str, nn.Module], name: str) -> str:
     return f"{text} in '{known}'; parts of the model: {top}" if known else text
 
 
+def backbone_body(model: QueryModel) -> str:
+    """Path of what pretrained weights fill: a backbone's `body`; a pyramid beside it starts from random weights."""
+    return "backbone.body" if hasattr(model.backbone, "body") else "backbone"
+
+
 def parameter_groups(
     model: QueryModel,
     lr: float,
@@ -77,7 +82,7 @@ def parameter_groups(
         model: parameters that need no gradient are left out.
         lr: learning rate.
         weight_decay: of all, norms perhaps apart.
-        backbone_lr: share of `lr` for the backbone.
+        backbone_lr: share of `lr` for the backbone's body.
         offsets_lr: share of `lr` for modules named as in `OFFSETS`, outside the backbone.
         norm_decay: whether weights and biases of norms decay, too.
 
@@ -87,6 +92,7 @@ def parameter_groups(
     Raises:
         ConfigError: nothing is left to train.
     """
+    pretrained = backbone_body(model)
     norms = {id(p) for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
     shares = {"rest": 1.0, "offsets": offsets_lr, "backbone": backbone_lr}
     groups: dict[tuple[str, bool], dict[str, Any]] = {
@@ -96,8 +102,8 @@ def parameter_groups(
     }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            path = name.split(".")
-            part = "backbone" if path[0] == "backbone" else "offsets" if set(path) & set(OFFSETS) else "rest"
+            offsets = set(name.split(".")) & set(OFFSETS)
+            part = "backbone" if name.startswith(f"{pretrained}.") else "offsets" if offsets else "rest"
             group = groups[part, not norm_decay and id(parameter) in norms]
             group["params"].append(parameter)
             group["names"].append(name)

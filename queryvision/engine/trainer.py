@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from queryvision.config import TrainSettings
 from queryvision.criterion import Criterion
 from queryvision.engine.checkpoint import load_resumable, load_weights, save_checkpoint
-from queryvision.engine.optimisation import AveragedWeights, freeze, lr_factor, parameter_groups
+from queryvision.engine.optimisation import AveragedWeights, backbone_body, freeze, lr_factor, parameter_groups
 from queryvision.engine.processes import make_accelerator
 from queryvision.engine.progress import LOGGED, Metrics, Progress
 from queryvision.engine.randomness import image_generators, random_state, set_random_state
@@ -65,7 +65,7 @@ class Trainer:
         self.folder, self.header = folder, header
         self.criterion, self.batches, self.evaluate, self.main_metric = criterion, batches, evaluate, main_metric
         model.to(self.accelerator.device)
-        untrained = [*settings.freeze, *(["backbone"] if settings.backbone_lr == 0 else [])]
+        untrained = [*settings.freeze, *([backbone_body(model)] if settings.backbone_lr == 0 else [])]
         self.held = freeze(model, untrained)  # norms that must not go on counting
         groups = parameter_groups(
             model,

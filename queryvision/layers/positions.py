@@ -83,6 +83,9 @@ class AnchorPositions(nn.Module):
         self.width = width
         self.anchors = MLP(width // 2 * coordinates, width, width, 2)
         self.points = MLP(width, width, width, 2) if num_slots else None
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
 
     def forward(self, anchors: Tensor, points: Tensor | None, ratios: Tensor) -> Tensor:
         """Positions (B,Q,1+P,D).

@@ -41,8 +41,8 @@ def make_backbone(
     Raises:
         ConfigError: nobody knows the name, it has no such level or part, or cannot take images of every size.
     """
-    if not strides or len(set(strides)) < len(strides):
-        raise ConfigError(f"backbone '{name}': strides {list(strides)} must be at least one, each once")
+    if not strides or min(strides) < 1 or len(set(strides)) < len(strides):
+        raise ConfigError(f"backbone '{name}': strides {list(strides)} must be at least one, positive, each once")
     strides = sorted(strides)
     if name in resnets():
         return _resnet(name, strides, frozen_norm, dilated, 2 if freeze is None else freeze)

@@ -38,7 +38,7 @@ class Pyramid(nn.Module):
         channels: C_l of each level of the backbone.
         width: D.
         num_levels: L, at least as many as the backbone has.
-        groups: of the group norm.
+        groups: of the group norm; fewer where a group would hold one channel.
     """
 
     def __init__(self, channels: Sequence[int], width: int, num_levels: int = 4, groups: int = 32) -> None:
@@ -51,7 +51,7 @@ class Pyramid(nn.Module):
         for conv in convolutions:
             nn.init.xavier_uniform_(conv.weight)
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
-        self.levels = nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(groups, width)) for conv in convolutions)
+        self.levels = nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(min(groups, width // 2), width)) for conv in convolutions)
 
     def forward(self, features: Features) -> Features:
         """Maps (B,C_l,H_l,W_l) -> (B,D,H_l,W_l) of all levels; padding of the further ones from the image's."""

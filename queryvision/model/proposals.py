@@ -60,6 +60,7 @@ class AnchorStart(nn.Module):
         super().__init__()
         self.project = nn.Linear(2 * width, 2 * width)
         self.norm = nn.LayerNorm(2 * width)
+        nn.init.xavier_uniform_(self.project.weight)
 
     def forward(self, anchors: Tensor) -> tuple[Tensor, Tensor | None]:
         """Anchors (B,Q,4) -> states and positions (B,Q,1,D)."""
@@ -85,6 +86,7 @@ class SelectedQueries(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.start = start
         self.teach_all = teach_all
+        nn.init.xavier_uniform_(self.project.weight)
 
     def set_num_queries(self, count: int) -> None:
         """Another number of queries from now on.
@@ -110,8 +112,10 @@ class SelectedQueries(nn.Module):
         answers, feedback = panel.answer(PROPOSAL, *_as_queries(states), look, {}, contexts)
         rounds = make_rounds([(PROPOSAL, answers)], (QueryGroup("main", states.shape[1]),), contexts)
         anchors = look.anchors if feedback.anchors is None else feedback.anchors
-        points = feedback.points
         assert anchors is not None
+        points = feedback.points
+        if points is None and panel.num_slots:  # nobody said where the slots look
+            points = anchors[..., None, :2].expand(-1, -1, panel.num_slots, -1)
         if everywhere:
             best = self._best(panel.rank(answers), valid)
             anchors, points = _rows(anchors, best), None if points is None else _rows(points, best)
@@ -131,7 +135,9 @@ class SelectedQueries(nn.Module):
         """How promising each token is, (B,N); only the heads that are needed for it are asked, and nothing is kept for them."""
         states = self.norm(self.project(tokens))
         answers = panel.answer(PROPOSAL, *_as_queries(states), _look(memory, grid), {}, contexts, only_rank=True)[0]
-        return panel.rank(answers)
+        ranks = panel.rank(answers)
+        torch.clear_autocast_cache()  # torch before 2.10 would use these casts again, which carry no gradient
+        return ranks
 
     def _best(self, ranks: Tensor, valid: Tensor) -> Tensor:
         """Tokens (B,Q), best first; never padding while there is anything else."""

@@ -153,8 +153,6 @@ def _class_rows(mine: Tensor, theirs: Tensor, here: int, there: int, pairs: Mapp
     """(row here, row there) of a per-class tensor; rows behind the classes are the last (no object). None: it does not fit."""
     if not _same_but_rows(mine, theirs):
         return None
-    if len(mine) < here or len(theirs) < there:  # fewer rows than classes: this one only tells object from no object
-        return [(i, i) for i in range(len(mine))] if len(mine) == len(theirs) else None
     extra = len(mine) - here
     if extra != len(theirs) - there:
         return None

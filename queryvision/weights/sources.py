@@ -51,12 +51,24 @@ def load_backbone(backbone: Backbone, source: str) -> str:
     if source == "none":
         return "backbone: random weights"
     name = backbone.name
+    _check_normalisation(backbone, source)
     state = _state(name, source)
     body: nn.Module = backbone.get_submodule("body")
     missing, unused = _fill(body, state)
     if missing:
         raise CheckpointError(f"weights '{source}' lack {len(missing)} tensors of backbone '{name}', for example {missing[0]}")
     return f"backbone: {name} from {source}" + (f", not used: {', '.join(unused)}" if unused else "")
+
+
+def _check_normalisation(backbone: Backbone, source: str) -> None:
+    """Timm's weights say what pixels they expect; a model of the same name with another tag may expect others."""
+    other = source.removeprefix("timm:") if source.startswith("timm:") else ""
+    config = timm.get_pretrained_cfg(other) if other and timm.is_model(other.split(".")[0]) else None
+    if config is not None and (tuple(config.mean), tuple(config.std)) != (backbone.mean, backbone.std):
+        raise ConfigError(
+            f"weights = '{source}' expect pixels normalised in another way than backbone '{backbone.name}'; "
+            f"set model.backbone={other}"
+        )
 
 
 def _state(name: str, source: str) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ Legend: B images, Q queries, T targets, S stages, D width, k picks. Boxes are (c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar, cast
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from queryvision.errors import check_range
 from queryvision.head import DenoisingPlan, Feedback, Fit, Head, Noise, View
 from queryvision.layers.mlp import MLP
 from queryvision.layers.per_stage import PerStage
@@ -42,6 +44,9 @@ class BoxHead(Head):
         ignore_share: a box with at least this share of its area in one ignore region is not taught as background.
         box_noise: denoising queries: how far a corner may move, as a share of half the size; up to twice that for queries that
             must learn to say no (arXiv 2203.03605).
+
+    Raises:
+        ConfigError: a number is out of range.
     """
 
     name = "boxes"
@@ -63,6 +68,8 @@ class BoxHead(Head):
         box_noise: float = 0.4,
     ) -> None:
         super().__init__()
+        check_range("heads.boxes", 0, 1, ignore_share=ignore_share)
+        check_range("heads.boxes", 0, math.inf, l1_cost=l1_cost, giou_cost=giou_cost, l1=l1, giou=giou, box_noise=box_noise)
         self.fit = Fit.of(fit)
         self.mlp = PerStage(self._mlp, self.fit)
         if self.fit.anchors == 2:  # the size is not an anchor's: the first layer starts from small boxes
@@ -101,7 +108,7 @@ class BoxHead(Head):
         return change.sigmoid()
 
     def noise(self, targets: Targets, plan: DenoisingPlan, generators: Sequence[torch.Generator] | None) -> Noise:
-        """Anchors: the target's box with its corners moved; positive queries less than half its size, the others further."""
+        """Anchors: the box, its corners moved by up to `box_noise` of half its size, negative ones by once to twice that."""
         boxes = plan.of(targets["boxes"])
         draw = uniform(boxes[:, None].expand(-1, 2, *boxes.shape[1:]), generators)  # (B,2,Q,4)
         far = draw[:, 0] + (~plan.positive[..., None])

@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from queryvision.errors import ConfigError, check_range
 from queryvision.head import DenoisingPlan, Fit, Head, Noise, View
 from queryvision.layers.per_stage import PerStage
 from queryvision.ops.losses import matchability_aware, quality_focal, sigmoid_focal, sigmoid_focal_cost
 from queryvision.ops.noise import uniform
 from queryvision.structures import Answer, Facts, Match, Picks, Round, Targets
 
-EXPONENTS = {"softmax": 0.0, "focal": 2.0, "varifocal": 2.0, "mal": 1.5}
+EXPONENTS = {"focal": 2.0, "varifocal": 2.0, "mal": 1.5}
 """The published gamma of each loss."""
 
 
@@ -33,13 +34,16 @@ class LabelHead(Head):
     Args:
         fit: D, or all that it must fit.
         num_classes: C.
-        loss: which of the four.
-        cost: weight in matching.
+        loss: which of the four; None: softmax as DETR, or focal where queries have anchors.
+        cost: weight in matching; None: 1 with softmax, else 2, as published.
         weight: weight of the loss term `class`.
         no_object_weight: weight of the no-object class in the softmax loss.
         alpha: focal weight of positives; negatives get 1 - alpha (also their weight in `varifocal`).
         gamma: exponent of the loss; None: the published one.
         label_noise: denoising queries: half of this share gets a class at random (arXiv 2203.03605).
+
+    Raises:
+        ConfigError: a number is out of range, or softmax is wanted where proposals are ranked by each class's own yes or no.
     """
 
     name = "labels"
@@ -52,15 +56,15 @@ class LabelHead(Head):
             "label_enc.": "embedding.",
         },
     }
-    class_rows: ClassVar[tuple[str, ...]] = (r"linear\..*\.(weight|bias)", r"embedding\.weight")
+    class_rows = (r"linear\..*\.(weight|bias)", r"embedding\.weight")
 
     def __init__(
         self,
         fit: Fit | int,
         num_classes: int,
         *,
-        loss: Literal["softmax", "focal", "varifocal", "mal"] = "softmax",
-        cost: float = 1.0,
+        loss: Literal["softmax", "focal", "varifocal", "mal"] | None = None,
+        cost: float | None = None,
         weight: float = 1.0,
         no_object_weight: float = 0.1,
         alpha: float = 0.25,
@@ -69,16 +73,25 @@ class LabelHead(Head):
     ) -> None:
         super().__init__()
         fit = Fit.of(fit)
+        loss = loss or ("focal" if fit.anchors else "softmax")
+        if loss == "softmax" and fit.proposals != "none":
+            raise ConfigError(
+                "heads.labels.loss = softmax: proposals are ranked by each class's own yes or no; set focal or mal"
+            )
+        check_range("heads.labels", 0, 1, alpha=alpha, label_noise=label_noise)
+        check_range("heads.labels", 0, math.inf, cost=cost, weight=weight, no_object_weight=no_object_weight, gamma=gamma)
         self.num_classes = num_classes
         self.kind = loss
         self.softmax = loss == "softmax"
         self.one_class = fit.proposals == "one"
+        if self.one_class:  # its proposals' only row is no class
+            self.class_rows = (r"linear\.layers\..*\.(weight|bias)", r"embedding\.weight")
         self.linear = PerStage(lambda proposals: self._linear(fit.width, proposals), fit)
         self.embedding = nn.Embedding(num_classes, fit.width) if fit.denoising else None
-        self.cost_weight = cost
+        self.cost_weight = cost if cost is not None else 1.0 if self.softmax else 2.0
         self.weights = {"class": weight}
         self.no_object_weight = no_object_weight
-        self.alpha, self.gamma = alpha, EXPONENTS[loss] if gamma is None else gamma
+        self.alpha, self.gamma = alpha, EXPONENTS.get(loss, 0.0) if gamma is None else gamma
         self.label_noise = label_noise
 
     def _linear(self, width: int, proposals: bool) -> nn.Linear:
@@ -122,7 +135,7 @@ class LabelHead(Head):
         if self.softmax:
             cost = logits.softmax(-1).gather(-1, labels) * -self.cost_weight
         else:
-            cost = sigmoid_focal_cost(logits.gather(-1, labels), 0.25, 2.0) * self.cost_weight
+            cost = sigmoid_focal_cost(logits.gather(-1, labels)) * self.cost_weight
         return targets.only_known(cost, self.name)
 
     def loss(self, round: Round, match: Match, targets: Targets, facts: Facts) -> dict[str, Tensor]:
@@ -134,13 +147,13 @@ class LabelHead(Head):
         pairs = (match.stage, match.image, match.query, match.wanted(self._labels(round, targets)))
         loss = self._sigmoid_loss(logits, pairs, facts) * weights[..., None]
         if not targets.covers_all:
-            loss = loss * self._covers(round, targets)[:, None]
+            loss = loss * self._covers(round, targets, logits, pairs)
         return {"class": loss.sum((1, 2, 3)) / facts.normaliser}
 
     def _sigmoid_loss(self, logits: Tensor, pairs: tuple[Tensor, ...], facts: Facts) -> Tensor:
         """Elementwise, (S,B,Q,C)."""
         wanted = torch.zeros_like(logits)
-        wanted[pairs] = 1.0
+        wanted[pairs] = torch.ones_like(facts.quality)
         if self.kind == "focal":
             return sigmoid_focal(logits, wanted, self.alpha, self.gamma)
         quality = torch.zeros_like(logits)
@@ -154,9 +167,13 @@ class LabelHead(Head):
         labels = targets["labels"]
         return torch.zeros_like(labels) if round.proposals and self.one_class else labels
 
-    def _covers(self, round: Round, targets: Targets) -> Tensor:
-        """(B,C): what may be taught as absent."""
-        return targets.covers.all(1, keepdim=True) if round.proposals and self.one_class else targets.covers
+    def _covers(self, round: Round, targets: Targets, logits: Tensor, pairs: tuple[Tensor, ...]) -> Tensor:
+        """What may be taught, (S,B,Q,C or C+1) bool: classes that the image's annotations speak about, and every pair."""
+        covers = targets.covers.all(1, keepdim=True) if round.proposals and self.one_class else targets.covers
+        covers = F.pad(covers, (0, logits.shape[-1] - covers.shape[1]), value=True)
+        known = covers[None, :, None].expand_as(logits).clone()
+        known[pairs] = torch.ones_like(pairs[0], dtype=torch.bool)
+        return known
 
     def _taught(self, round: Round, match: Match, targets: Targets, facts: Facts, like: Tensor) -> Tensor:
         """How much each query is taught, (S,B,Q): not in padding, no background in an ignore region, no unknown label."""
@@ -171,11 +188,11 @@ class LabelHead(Head):
     def _cross_entropy(self, logits: Tensor, weights: Tensor, match: Match, round: Round, targets: Targets) -> Tensor:
         """Weighted cross entropy summed over images and queries, (S,)."""
         nothing = logits.shape[-1] - 1
+        pairs = (match.stage, match.image, match.query, match.wanted(self._labels(round, targets)))
         if not targets.covers_all:
-            known = F.pad(self._covers(round, targets), (0, 1), value=True)
-            logits = logits.masked_fill(~known[:, None], torch.finfo(logits.dtype).min)
+            logits = logits.masked_fill(~self._covers(round, targets, logits, pairs), torch.finfo(logits.dtype).min)
         wanted = torch.full(logits.shape[:-1], nothing, device=logits.device)
-        wanted[match.stage, match.image, match.query] = match.wanted(self._labels(round, targets))
+        wanted[pairs[:3]] = pairs[3]
         weights = torch.where(wanted == nothing, weights * self.no_object_weight, weights)
         return (F.cross_entropy(logits.movedim(-1, 1), wanted, reduction="none") * weights).sum((1, 2))
 

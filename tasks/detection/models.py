@@ -34,22 +34,22 @@ def detr_small(num_classes: int, **arguments: Any) -> QueryModel:
 
 def deformable_detr_r50(num_classes: int, **arguments: Any) -> QueryModel:
     """Deformable DETR-R50 for boxes; `refine=True`, `two_stage=True`."""
-    return builders.deformable_detr_r50(_heads(num_classes, loss="focal", cost=2.0, weight=2.0), STEERING, **arguments)
+    return builders.deformable_detr_r50(_heads(num_classes, weight=2.0), STEERING, **arguments)
 
 
 def dino_r50(num_classes: int, **arguments: Any) -> QueryModel:
     """DINO-R50 for boxes."""
-    return builders.dino_r50(_heads(num_classes, loss="focal", cost=2.0, weight=1.0), STEERING, **arguments)
+    return builders.dino_r50(_heads(num_classes), STEERING, **arguments)
 
 
 def dino_vit(num_classes: int, **arguments: Any) -> QueryModel:
     """DINO on a plain ViT for boxes."""
-    return builders.dino_vit(_heads(num_classes, loss="focal", cost=2.0, weight=1.0), STEERING, **arguments)
+    return builders.dino_vit(_heads(num_classes), STEERING, **arguments)
 
 
 def dino_small(num_classes: int, **arguments: Any) -> QueryModel:
     """A DINO for laptops, with labels taught as high as their boxes are good (MAL)."""
-    return builders.dino_small(_heads(num_classes, loss="mal", cost=2.0, weight=1.0), STEERING, **arguments)
+    return builders.dino_small(_heads(num_classes, loss="mal"), STEERING, **arguments)
 
 
 def _heads(num_classes: int, **labels: Any) -> HeadParts:

@@ -27,8 +27,9 @@ from queryvision.matching import match
 from queryvision.structures import Features, ImageBatch, Match, Outputs, Targets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-HEADS = {loss: {head.name: head for head in detection_heads(loss)} for loss in ("softmax", "focal")}
-both_losses = pytest.mark.parametrize("loss", ["softmax", "focal"])
+LOSSES = ("softmax", "focal", "varifocal", "mal")
+HEADS = {loss: {head.name: head for head in detection_heads(loss)} for loss in LOSSES}
+both_losses = pytest.mark.parametrize("loss", LOSSES)
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-6) -> None:

@@ -27,13 +27,12 @@ class TableHead(Head):
     """Two tables with a row a class, one behind the other with a last row of its own, one that tells only yes from no."""
 
     name = "table"
-    class_rows = (r"rows\.\d+", r"last\.(weight|bias)", "few")
+    class_rows = (r"rows\.\d+", r"last\.(weight|bias)")
 
     def __init__(self, classes: int, width: int = 3) -> None:
         super().__init__()
         self.rows = nn.ParameterList([torch.zeros(classes, width), torch.zeros(classes)])
         self.last = nn.Linear(width, classes + 1)
-        self.few = nn.Parameter(torch.zeros(1, width))
         self.other = nn.Parameter(torch.zeros(classes, width))  # of that shape by chance: nobody said it had a row a class
 
 
@@ -122,7 +121,6 @@ def test_any_head_may_have_rows_of_classes() -> None:
         assert torch.equal(found[name][[0, 2]], theirs[name][[3, 2]]), name
         assert torch.equal(found[name][1], before[f"heads.table.{name}"][1])
     assert torch.equal(found["last.bias"][3], theirs["last.bias"][4]), "the row behind the classes"
-    assert torch.equal(found["few"], theirs["few"])
     assert taken.misfit == ["heads.table.other (4, 3) there, (3, 3) here"]
     assert taken.unused == ["heads.table.other"]
 

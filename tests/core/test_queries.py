@@ -60,7 +60,7 @@ def test_pinned_queries_get_their_target_and_nobody_else_does() -> None:
             assert sorted(t for q, t in pairs.items() if q not in pinned) == sorted(others)
 
 
-@pytest.mark.parametrize("loss", ["softmax", "focal"])
+@pytest.mark.parametrize("loss", ["softmax", "focal"])  # the others teach a bad pair to be unsure
 def test_none_is_taught_as_background_and_void_is_taught_nothing(loss: str) -> None:
     model = tiny_model(detection_heads(loss)).train()
     outputs = model(images(), carried=carried())
@@ -306,7 +306,7 @@ def test_noise_of_several_heads_comes_together() -> None:
             close(part, torch.full_like(part, mark))
 
 
-@pytest.mark.parametrize("loss", ["softmax", "focal"])
+@pytest.mark.parametrize("loss", ["softmax", "focal", "varifocal", "mal"])
 @pytest.mark.parametrize("counts", [(3, 1), (3, 0), (0, 0)])
 def test_every_parameter_stays_in_the_graph(counts, loss: str) -> None:
     model, targets = denoising_model(loss), make_targets(counts)

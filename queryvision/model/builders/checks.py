@@ -35,11 +35,13 @@ def check_sizes(width: int, num_heads: int, dropout: float) -> None:
         raise ConfigError(f"model.dropout = {dropout}: must be at least 0 and below 1")
 
 
-def check_levels(strides: Sequence[int], num_levels: int, width: int, groups: int = 32) -> None:
+def check_levels(strides: Sequence[int], num_levels: int, width: int, proposals: bool = False) -> None:
     """Raises a ConfigError where levels do not fit."""
     if not strides or num_levels < len(strides):
         raise ConfigError(f"model.num_levels = {num_levels}: at least one, and as many as model.strides = {list(strides)}")
-    if list(strides) != sorted(set(strides)):
-        raise ConfigError(f"model.strides = {list(strides)}: finest first, each once")
-    if width % groups:
-        raise ConfigError(f"model.width = {width}: must be divisible by {groups}, the groups of the neck's norm")
+    if list(strides) != sorted(set(strides)) or min(strides) < 1:
+        raise ConfigError(f"model.strides = {list(strides)}: positive, finest first, each once")
+    if proposals and num_levels > 5:
+        raise ConfigError(f"model.num_levels = {num_levels}: proposals have at most 5 levels, their boxes double at each")
+    if width % 32:
+        raise ConfigError(f"model.width = {width}: must be divisible by 32, the groups of the neck's norm")

@@ -48,7 +48,8 @@ def dino(
         strides: of the backbone's levels, finest first.
         num_levels: L; further ones are made by convolutions of stride 2.
         frozen_norm: constant batch-norm statistics; False for a backbone that starts from random weights.
-        freeze: parts of the backbone, from the image upwards, that are not trained; None: as DETR.
+        freeze: parts of the backbone, from the image upwards, that are not trained; None: a ResNet's stem and first stage, as
+            DETR; timm's models are trained whole.
         width: D, divisible by 32.
         num_queries: the most objects an image can get.
         denoising: positive denoising queries over all groups, in training; 0: none.
@@ -63,10 +64,10 @@ def dino(
         ConfigError: a number is out of range or does not fit the others, or nobody knows the backbone.
     """
     check_sizes(width, num_heads, dropout)
-    check_levels(strides, num_levels, width)
+    check_levels(strides, num_levels, width, True)
     check_at_least(1, num_queries=num_queries, decoder_layers=decoder_layers, ffn_width=ffn_width, num_points=num_points)
     check_at_least(0, encoder_layers=encoder_layers, freeze=freeze or 0, denoising=denoising)
-    trunk = make_backbone(backbone, strides, frozen_norm, False, freeze)
+    trunk = make_backbone(backbone, strides, frozen_norm, False, freeze, width)
     fit = Fit(
         width, decoder_layers, proposals="all", anchors=4, refines="raw", look_twice=True, eps=1e-3, denoising=denoising > 0
     )

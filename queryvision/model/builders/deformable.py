@@ -51,7 +51,8 @@ def deformable_detr(
         strides: of the backbone's levels, finest first.
         num_levels: L; further ones are made by convolutions of stride 2.
         frozen_norm: constant batch-norm statistics; False for a backbone that starts from random weights.
-        freeze: parts of the backbone, from the image upwards, that are not trained; None: as DETR.
+        freeze: parts of the backbone, from the image upwards, that are not trained; None: a ResNet's stem and first stage, as
+            DETR; timm's models are trained whole.
         refine: every layer corrects the anchors of the one before, with heads of its own.
         two_stage: queries come from the encoder's proposals; needs `refine`.
         width: D, divisible by 32.
@@ -67,12 +68,12 @@ def deformable_detr(
         ConfigError: a number is out of range or does not fit the others, or nobody knows the backbone.
     """
     check_sizes(width, num_heads, dropout)
-    check_levels(strides, num_levels, width)
+    check_levels(strides, num_levels, width, two_stage)
     check_at_least(1, num_queries=num_queries, decoder_layers=decoder_layers, ffn_width=ffn_width, num_points=num_points)
     check_at_least(0, encoder_layers=encoder_layers, freeze=freeze or 0)
     if two_stage and not refine:
         raise ConfigError("model.two_stage: proposals become boxes that are refined; set model.refine, too")
-    trunk = make_backbone(backbone, strides, frozen_norm, False, freeze)
+    trunk = make_backbone(backbone, strides, frozen_norm, False, freeze, width)
     fit = Fit(
         width,
         decoder_layers,

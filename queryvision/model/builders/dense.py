@@ -42,7 +42,8 @@ def detr(
         backbone: torchvision's or timm's name.
         stride: of the level that becomes the memory.
         frozen_norm: constant batch-norm statistics; False for a backbone that starts from random weights.
-        freeze: parts of a ResNet, from the image upwards, that are not trained; None: the stem and the first stage.
+        freeze: parts of the backbone, from the image upwards, that are not trained; None: a ResNet's stem and first stage;
+            timm's models are trained whole.
         dc5: last stage of the ResNet at stride 16, by dilation.
         width: D.
         num_queries: the most objects an image can get.
@@ -58,7 +59,7 @@ def detr(
     check_sizes(width, num_heads, dropout)
     check_at_least(1, num_queries=num_queries, decoder_layers=decoder_layers, ffn_width=ffn_width)
     check_at_least(0, encoder_layers=encoder_layers, freeze=freeze or 0)
-    trunk = make_backbone(backbone, (stride,), frozen_norm, dc5, freeze)
+    trunk = make_backbone(backbone, (stride,), frozen_norm, dc5, freeze, width)
     heads, slots = make_heads(heads, Fit(width, decoder_layers))
 
     def layer() -> DecoderLayer:
