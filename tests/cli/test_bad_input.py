@@ -24,7 +24,7 @@ from tiny import TINY, Call, Run
 
 from queryvision import config as configuration
 from queryvision.engine.checkpoint import load_checkpoint
-from queryvision.weights import FAMILIES, sources
+from queryvision.weights import sources
 
 Refused = Callable[..., str]
 Spoil = Callable[..., Path]
@@ -546,8 +546,7 @@ def test_convert(refused: Refused, trained: Path, tmp_path: Path, monkeypatch: p
         output,
         says=("--from detrr", "did you mean 'detr'", "deformable-detr, detr, dino"),
     )
-    monkeypatch.setitem(FAMILIES, "dino", "json")  # its reader is not asked
-    refused("convert", "x.pth", "--from", "dino", "--dc5", "-o", output, says="--dc5: only checkpoints of --from detr")
+    refused("convert", "x.pth", "--from", "dino", "--dc5", "-o", output, says="checkpoints of --from dino are never dilated")
     refused("convert", tmp_path / "nowhere.pth", "--from", "detr", "-o", output, says="there is no checkpoint")
     keys = ("class_embed.weight", "query_embed.weight", "transformer.decoder.norm.weight", "backbone.0.body.conv1.weight")
     torch.save({"model": {key: torch.zeros(3, 3) for key in keys}}, tmp_path / "fake.pth")
