@@ -1,6 +1,7 @@
 """AP against minutes of training for DETR, Deformable DETR and DINO with the same backbone and width.
 
     python scripts/learning_curves.py [--model dino ...] [--minutes 5] [--seed 0] [--csv FILE] [--plot FILE]
+    python scripts/learning_curves.py --model dino_mal --run runs/detection/scenes    # adds a run that is already there
 
 Every run trains on the embedded scenes and appends its evaluations to the CSV, so that a curve can go on another day; `--plot`
 draws what the CSV holds. Minutes are wall-clock minutes of training on this machine, evaluation and reading of the data set not
@@ -39,10 +40,10 @@ MODELS = {
 FIELDS = ("model", "seed", "threads", "steps", "step", "minutes", "AP", "AP50")
 
 
-def train(model: str, seed: int, steps: int, evaluations: int, output: str) -> tuple[float, list[dict[str, str]]]:
-    """Seconds a step, and the rows of metrics.csv that hold an evaluation."""
+def train(model: str, seed: int, steps: int, evaluations: int, output: str) -> Path:
+    """The folder of a run."""
     every = max(1, steps // evaluations)
-    folder = queryvision.train(
+    return queryvision.train(
         "detection",
         steps=steps,
         batch_size=8,
@@ -53,18 +54,20 @@ def train(model: str, seed: int, steps: int, evaluations: int, output: str) -> t
         name=f"{model}-{seed}",
         settings=[*COMMON, *SMALL, *MODELS[model], f"train.eval_every={every}"],
     )
-    seconds = json.loads((folder / "summary.json").read_text())["seconds"]
-    with open(folder / "metrics.csv") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("val/AP")]
-    return seconds / steps, rows
 
 
-def run(model: str, seed: int, minutes: float, file: Path) -> None:
-    """Trains one model for about so many minutes and appends its curve."""
-    with tempfile.TemporaryDirectory() as output:
-        pace, _ = train(model, seed, 24, 1, output)
-        steps = max(24, int(minutes * 60 / pace))
-        pace, rows = train(model, seed, steps, 6, output)
+def pace_of(folder: Path) -> tuple[float, int]:
+    """Seconds a step, and the number of steps."""
+    summary = json.loads((folder / "summary.json").read_text())
+    return summary["seconds"] / summary["steps"], summary["steps"]
+
+
+def append(model: str, folder: Path, file: Path) -> None:
+    """Adds the evaluations of a run to the CSV."""
+    pace, steps = pace_of(folder)
+    seed = json.loads((folder / "summary.json").read_text())["config"]["train"]["seed"]
+    with open(folder / "metrics.csv") as source:
+        rows = [row for row in csv.DictReader(source) if row.get("val/AP")]
     new = not file.exists()
     with open(file, "a", newline="") as out:
         writer = csv.DictWriter(out, FIELDS)
@@ -75,6 +78,13 @@ def run(model: str, seed: int, minutes: float, file: Path) -> None:
             run_of = {"model": model, "seed": seed, "threads": torch.get_num_threads(), "steps": steps, "step": at}
             found = {"AP": f"{float(row['val/AP']):.4f}", "AP50": f"{float(row['val/AP50']):.4f}"}
             writer.writerow({**run_of, "minutes": f"{at * pace / 60:.2f}", **found})
+
+
+def run(model: str, seed: int, minutes: float, file: Path) -> None:
+    """Trains one model for about so many minutes and appends its curve."""
+    with tempfile.TemporaryDirectory() as output:
+        pace, _ = pace_of(train(model, seed, 24, 1, output))
+        append(model, train(model, seed, max(24, int(minutes * 60 / pace)), 6, output), file)
 
 
 def plot(file: Path, picture: Path) -> None:
@@ -109,10 +119,14 @@ def main() -> None:
     parser.add_argument("--model", nargs="*", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--run", type=Path, help="a finished run of the one --model, instead of training")
     parser.add_argument("--csv", type=Path, default=Path("docs/learning_curves.csv"))
     parser.add_argument("--plot", type=Path, default=Path("docs/learning_curves.png"))
     options = parser.parse_args()
     for model in options.model:
+        if options.run:
+            append(model, options.run, options.csv)
+            continue
         run(model, options.seed, options.minutes, options.csv)
     plot(options.csv, options.plot)
 
