@@ -21,6 +21,7 @@ from tiny import TINY, Call, Run
 import queryvision
 from queryvision.config import load_config
 from queryvision.engine.checkpoint import load_checkpoint
+from queryvision.engine.trainer import Trainer
 
 STEPS = ("--steps", "12", "--set", "train.log_every=2", "--set", "train.save_every=3", "--set", "train.eval_every=6")
 
@@ -164,3 +165,34 @@ def test_the_loss_falls_on_real_data(name: str, real_data, tmp_path: Path) -> No
     )  # fmt: skip
     losses = [float(row["loss"]) for row in csv.DictReader((folder / "metrics.csv").read_text().splitlines())]
     assert losses[-1] < 0.95 * losses[0], losses
+
+
+def test_denoising_resumes_bit_for_bit(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise, deformable attention and proposals hold the promise, too."""
+    settings = ["model.name=dino", "model.backbone=resnet18", "model.width=32", "model.num_heads=4", "model.num_levels=3",
+                "model.ffn_width=32", "model.encoder_layers=1", "model.decoder_layers=2", "model.num_queries=12",
+                "model.denoising=6", "train.save_every=3", "train.log_every=3", "evaluation.pictures=0"]  # fmt: skip
+
+    def run(output: Path, **more: Any) -> dict[str, torch.Tensor]:
+        folder = queryvision.train(
+            data=scenes, image_size=64, batch_size=2, steps=6, weights="none", output=output, settings=settings, **more
+        )
+        return {**load_checkpoint(folder / "last.pt")["model"], **load_checkpoint(folder / "last.pt")["ema"]}
+
+    config = tmp_path / "dino.yaml"
+    config.write_text("task: detection\nname: dino\n")
+    whole = run(tmp_path / "whole", config=str(config))
+    after = Trainer._after
+
+    def stop(self: Trainer, step: int) -> None:
+        after(self, step)
+        if step == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_after", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", config=str(config))
+    monkeypatch.setattr(Trainer, "_after", after)
+    assert load_checkpoint(tmp_path / "cut" / "detection" / "dino" / "last.pt")["step"] == 3
+    resumed = run(tmp_path / "cut", config=str(config), resume=True)
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
