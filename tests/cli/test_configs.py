@@ -38,7 +38,8 @@ def small_backbones(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def small(name: str, strides: Any, frozen_norm: bool = True, dilated: bool = False, *rest: Any) -> Backbone:
         name = name if dilated else {"resnet50": "resnet18", "resnet101": "resnet34"}.get(name, name)
-        return make_backbone(name.replace("vit_base", "vit_tiny"), strides, frozen_norm, dilated, *rest)
+        name = name.split(".")[0].replace("vit_base", "vit_tiny")
+        return make_backbone(name, strides, frozen_norm, dilated, *rest)
 
     for module in (dense, deformable, contrastive):
         monkeypatch.setattr(module, "make_backbone", small)
