@@ -24,6 +24,7 @@ from queryvision.outputs import writable_file, writable_folder
 from queryvision.splits import evaluate_model
 from queryvision.task import resolve_task
 from queryvision.weights import reader_of
+from queryvision.weights.reading import fill
 
 
 def evaluate(
@@ -203,7 +204,7 @@ def convert(source: str | Path, family: str, output: str | Path, *, dc5: bool | 
     preset = load_config(reader.TASK, found["config"])
     config = resolve(preset.model_copy(update={"model": found["model"]}), task)
     model = build_model(config, task, found["classes"])
-    reader.fill(model, found["state"], model.heads.heads())
+    fill(model, reader.rename(found["state"], model.heads.heads()))
     content = {**header(config, task, found["classes"]), "model": model.state_dict(), "step": 0, "metrics": {}}
     save_checkpoint(Path(output), content)
     print(f"{source} -> {output}: {found['model']['name']}, {len(found['classes'])} classes")

@@ -1,10 +1,16 @@
-"""Where a run stands."""
+"""Where a run stands, and its losses since the last line of the log."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
+from accelerate import Accelerator
 from torch import Tensor
+
+from queryvision.errors import QueryVisionError
 
 Metrics = dict[str, float]
 
@@ -21,6 +27,34 @@ class Progress:
     sums: dict[str, Tensor] = field(default_factory=dict)  # losses since the last line of the log
     summed: int = 0  # steps in them
     owed: Metrics | None = None  # losses of a step whose evaluation failed: it is made up for on resuming
+
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        """Adds losses of a micro-batch up, without reading them."""
+        for key, value in losses.items():
+            known = self.sums.get(key)
+            self.sums[key] = value if known is None else known + value
+
+    def means(self, accelerator: Accelerator) -> Metrics:
+        """Mean losses a step since the last time; here the host waits for them."""
+        names = list(self.sums)
+        means = torch.stack([self.sums[name] for name in names]) / self.summed
+        if accelerator.num_processes > 1:  # each rank has its share of losses divided by the counts of all
+            means = accelerator.reduce(means, "sum")
+        self.sums, self.summed = {}, 0
+        return {n if n == "loss" else f"loss/{n}": value for n, value in zip(names, means.tolist(), strict=True)}
+
+
+def check_finite(step: int, values: Metrics) -> None:
+    """Before anything is saved; the most telling name is the last.
+
+    Raises:
+        QueryVisionError: a value is not finite.
+    """
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        raise QueryVisionError(
+            f"step {step}: {bad[-1]} is not finite; the last checkpoint is kept. Try a lower --lr or --precision fp32"
+        )
 
 
 LOGGED = ("seconds", "best", "skipped", "sums", "summed", "owed")

@@ -7,7 +7,6 @@ so accumulation is done here (Accelerate would divide again) and the loss is mul
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from queryvision.criterion import Criterion
 from queryvision.engine.checkpoint import load_resumable, load_weights, save_checkpoint
 from queryvision.engine.optimisation import AveragedWeights, backbone_body, freeze, lr_factor, parameter_groups
 from queryvision.engine.processes import make_accelerator
-from queryvision.engine.progress import LOGGED, Metrics, Progress
+from queryvision.engine.progress import LOGGED, Metrics, Progress, check_finite
 from queryvision.engine.randomness import image_generators, random_state, set_random_state
 from queryvision.engine.run_log import RunLog
 from queryvision.errors import CheckpointError, ConfigError, QueryVisionError
@@ -144,9 +143,7 @@ class Trainer:
             outputs = self.model(batch.images, batch.targets, generators=generators)
         losses = self.criterion(outputs, batch.targets, normalisers, generators)
         self.accelerator.backward(losses.total * self.accelerator.num_processes)
-        for key, value in {"loss": losses.total.detach(), **losses.terms}.items():
-            known = self.progress.sums.get(key)
-            self.progress.sums[key] = value if known is None else known + value
+        self.progress.add({"loss": losses.total.detach(), **losses.terms})
 
     def _normalisers(self, batches: list[Batch]) -> dict[tuple[str, str], float]:
         """Counts of all micro-batches and ranks, known before the first forward pass."""
@@ -174,7 +171,7 @@ class Trainer:
         if step % s.log_every == 0 or final:
             values = self._read_losses(step)
         elif evaluating or saving:
-            self._check_finite(step, {"loss": float(self.progress.sums["loss"])})
+            check_finite(step, {"loss": float(self.progress.sums["loss"])})
         if evaluating:
             try:
                 values |= self._evaluate(step)
@@ -191,26 +188,11 @@ class Trainer:
         self.log.row(step, {"epoch": step / self.steps_per_epoch, **values})
 
     def _read_losses(self, step: int) -> Metrics:
-        """Means since the last line; here the host waits for losses."""
-        names = list(self.progress.sums)
-        means = torch.stack([self.progress.sums[n] for n in names]) / self.progress.summed
-        if self.accelerator.num_processes > 1:  # each rank has its share of losses divided by the counts of all
-            means = self.accelerator.reduce(means, "sum")
-        self.progress.sums, self.progress.summed = {}, 0
-        values = {n if n == "loss" else f"loss/{n}": value for n, value in zip(names, means.tolist(), strict=True)}
-        lr = self.optimizer.param_groups[0]["lr"]
+        """Means since the last line, shown and checked."""
+        values, lr = self.progress.means(self.accelerator), self.optimizer.param_groups[0]["lr"]
         self.log.status(step, values["loss"], lr)
-        self._check_finite(step, values)
+        check_finite(step, values)
         return {"lr": lr, **values}
-
-    @staticmethod
-    def _check_finite(step: int, values: Metrics) -> None:
-        """Before anything is saved; the most telling name is the last."""
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        if bad:
-            raise QueryVisionError(
-                f"step {step}: {bad[-1]} is not finite; the last checkpoint is kept. Try a lower --lr or --precision fp32"
-            )
 
     def _evaluate(self, step: int) -> Metrics:
         """Metrics of the averaged weights; the best so far are kept in `best.pt`."""

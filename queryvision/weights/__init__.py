@@ -12,9 +12,9 @@ FAMILIES = {
     "deformable-detr": "queryvision.weights.deformable_detr",
     "dino": "queryvision.weights.dino",
 }
-"""Families of published checkpoints and their readers: modules with `TASK`, `read` and `fill`, imported when they are needed.
+"""Families of published checkpoints and their readers: modules with `TASK`, `read` and `rename`, imported when they are needed.
 
-`read(source)` gives {"state", "model", "classes", "config": name of the preset}, `fill(model, state, heads)` loads all of it.
+`read(source)` gives {"state", "model", "classes", "config": name of the preset}, `rename(state, heads)` our names and shapes.
 """
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from queryvision.errors import CheckpointError
 from queryvision.head import Head
@@ -61,12 +61,3 @@ def read(source: str, dc5: bool | None = None) -> dict[str, Any]:
 def rename(state: dict[str, Tensor], heads: dict[str, Head]) -> dict[str, Tensor]:
     """Their state dict under our names; see `reading.rename`."""
     return reading.rename(state, RULES, "detr", heads)
-
-
-def fill(model: nn.Module, state: dict[str, Tensor], heads: dict[str, Head]) -> None:
-    """Loads all of it, and nothing may be left over on either side.
-
-    Raises:
-        CheckpointError: a tensor is missing, left over or of another shape.
-    """
-    reading.fill_strictly(model, rename(state, heads))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from queryvision.errors import CheckpointError
 from queryvision.head import Head
@@ -87,12 +87,3 @@ def rename(state: Mapping[str, Tensor], heads: Mapping[str, Head]) -> dict[str, 
         CheckpointError: a key belongs to nothing, or what the published model shares differs.
     """
     return reading.rename(translate(state), RULES, "dino", heads)
-
-
-def fill(model: nn.Module, state: Mapping[str, Tensor], heads: Mapping[str, Head]) -> None:
-    """Loads all of it, and nothing may be left over on either side.
-
-    Raises:
-        CheckpointError: a tensor is missing, left over or of another shape, or what the published model shares differs.
-    """
-    reading.fill_strictly(model, rename(state, heads))

@@ -106,7 +106,7 @@ def rename(state: Mapping[str, Tensor], rules: Rules, family: str, heads: Mappin
     return renamed
 
 
-def fill_strictly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Loads all of it, and nothing may be left over on either side but batch norm's counters.
 
     Raises:

@@ -425,7 +425,7 @@ def test_every_family_has_a_reader(family: str) -> None:
     reader = reader_of(family)
     assert resolve_task(reader.TASK).name == reader.TASK
     assert list(inspect.signature(reader.read).parameters)[0] == "source"
-    assert list(inspect.signature(reader.fill).parameters) == ["model", "state", "heads"]
+    assert list(inspect.signature(reader.rename).parameters) == ["state", "heads"]
 
 
 def test_convert_asks_the_reader_of_the_family(
@@ -437,13 +437,14 @@ def test_convert_asks_the_reader_of_the_family(
     def read(source: str, *rest: object) -> dict[str, Any]:
         asked.append((source, *rest))
         classes = ClassMap.from_dict(content["classes"])
-        return {"state": content["model"], "model": content["config"]["model"], "classes": classes, "config": "detr_r50_coco"}
+        state = {f"theirs.{key}": value for key, value in content["model"].items()}
+        return {"state": state, "model": content["config"]["model"], "classes": classes, "config": "detr_r50_coco"}
 
-    def fill(model: QueryModel, state: dict[str, Any], heads: dict[str, Any]) -> None:
+    def rename(state: dict[str, Any], heads: dict[str, Any]) -> dict[str, Any]:
         assert set(heads) == {"labels", "boxes"}
-        model.load_state_dict(state)
+        return {key.removeprefix("theirs."): value for key, value in state.items()}
 
-    reader = types.SimpleNamespace(TASK="detection", read=read, fill=fill)
+    reader = types.SimpleNamespace(TASK="detection", read=read, rename=rename)
     monkeypatch.setitem(FAMILIES, "toy", "toy_reader")
     monkeypatch.setitem(sys.modules, "toy_reader", reader)
     done = call("convert", "theirs.pth", "--from", "toy", "-o", tmp_path / "ours.pt")

@@ -24,6 +24,7 @@ from queryvision.structures import Outputs, Round
 from queryvision.tasks.detection import BoxHead, LabelHead
 from queryvision.tasks.detection.models import STEERING
 from queryvision.weights import dino as reader
+from queryvision.weights.reading import fill
 
 MAIN = 12
 """Queries of the tiny models, without denoising."""
@@ -190,7 +191,7 @@ def ours(wanted: ReferenceDino | None = None, denoising: int = 5, levels: int = 
         backbone="resnet18", strides=strides, num_levels=levels, width=64, num_queries=MAIN, denoising=denoising,
         encoder_layers=2, decoder_layers=3, num_heads=4, num_points=4, ffn_width=48, freeze=0,
     )  # fmt: skip
-    reader.fill(model, (wanted or reference()).state_dict(), model.heads.heads())
+    fill(model, reader.rename((wanted or reference()).state_dict(), model.heads.heads()))
     return model.train()
 
 

@@ -28,6 +28,7 @@ from queryvision.tasks.detection import BoxHead, LabelHead
 from queryvision.tasks.detection import deformable_detr_r50 as named_r50
 from queryvision.tasks.detection.models import STEERING
 from queryvision.weights import deformable_detr as reader
+from queryvision.weights.reading import fill
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,7 +47,7 @@ def pair(refine: bool, two_stage: bool) -> tuple[QueryModel, torch.nn.Module]:
         backbone="resnet18", width=64, num_queries=9, encoder_layers=2, decoder_layers=3, num_heads=4, num_points=3,
         ffn_width=48, dropout=0.0, refine=refine, two_stage=two_stage, freeze=0,
     )  # fmt: skip
-    reader.fill(model, published_deformable_state(peer.state_dict()), model.heads.heads())
+    fill(model, reader.rename(published_deformable_state(peer.state_dict()), model.heads.heads()))
     return model.train(), peer
 
 
@@ -305,8 +306,8 @@ def test_a_missing_or_left_over_tensor_is_an_error() -> None:
     state = published_deformable_state(peer.state_dict())
     less = {key: value for key, value in state.items() if key != "transformer.encoder.layers.0.norm1.weight"}
     with pytest.raises(CheckpointError, match="missing .*encoder.layers.0.norm1.weight"):
-        reader.fill(model, less, model.heads.heads())
+        fill(model, reader.rename(less, model.heads.heads()))
     with pytest.raises(CheckpointError, match="'mask_head.lay1.weight' belongs to no part"):
-        reader.fill(model, {**state, "mask_head.lay1.weight": torch.zeros(1)}, model.heads.heads())
+        fill(model, reader.rename({**state, "mask_head.lay1.weight": torch.zeros(1)}, model.heads.heads()))
     with pytest.raises(CheckpointError, match="does not fit the model"):
-        reader.fill(model, {**state, "transformer.level_embed": torch.zeros(5, 64)}, model.heads.heads())
+        fill(model, reader.rename({**state, "transformer.level_embed": torch.zeros(5, 64)}, model.heads.heads()))

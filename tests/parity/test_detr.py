@@ -20,6 +20,7 @@ from queryvision.structures import ImageBatch, Outputs, Round, Stage, Targets
 from queryvision.tasks.detection import BoxHead, LabelHead
 from queryvision.tasks.detection import detr_r50 as named_r50
 from queryvision.weights import detr as reader
+from queryvision.weights.reading import fill
 
 
 def ours(peer: torch.nn.Module, num_classes: int = 5) -> QueryModel:
@@ -28,7 +29,7 @@ def ours(peer: torch.nn.Module, num_classes: int = 5) -> QueryModel:
         backbone="resnet18", width=32, num_queries=9, encoder_layers=2, decoder_layers=3, num_heads=4, ffn_width=64,
         dropout=0.0,
     )  # fmt: skip
-    reader.fill(model, published_detr_state(peer), model.heads.heads())
+    fill(model, reader.rename(published_detr_state(peer), model.heads.heads()))
     return model
 
 
@@ -61,7 +62,7 @@ def test_every_layer_of_a_tiny_model_in_a_padded_batch() -> None:
 def test_every_layer_of_full_size_detr_r50_in_a_padded_batch() -> None:
     peer = tiny_peer(num_labels=91, full=True)
     model = named_r50(91)
-    reader.fill(model, published_detr_state(peer), model.heads.heads())
+    fill(model, reader.rename(published_detr_state(peer), model.heads.heads()))
     for module in model.modules():
         if isinstance(getattr(module, "dropout", None), float):
             module.dropout = 0.0
@@ -208,9 +209,9 @@ def test_a_missing_or_left_over_tensor_is_an_error(published_file: Path) -> None
     model = named_r50(91)
     less = {key: value for key, value in state.items() if key != "transformer.encoder.layers.0.norm1.weight"}
     with pytest.raises(CheckpointError, match="missing .*encoder.layers.0.norm1.weight"):
-        reader.fill(model, less, model.heads.heads())
+        fill(model, reader.rename(less, model.heads.heads()))
     with pytest.raises(CheckpointError, match="belongs to no part"):
-        reader.fill(model, {**state, "mask_head.lay1.weight": torch.zeros(1)}, model.heads.heads())
+        fill(model, reader.rename({**state, "mask_head.lay1.weight": torch.zeros(1)}, model.heads.heads()))
 
 
 def test_a_file_that_is_something_else(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from queryvision.model.query_model import QueryModel
 from queryvision.structures import Features, Memory, Queries, QueryGroup
 from queryvision.tasks.detection import dino_r50 as named_r50
 from queryvision.weights import dino as reader
+from queryvision.weights.reading import fill
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -311,7 +312,7 @@ def test_what_differs_or_is_missing_is_an_error(name: str, reason: str) -> None:
     changed = {**state, name: state[name] + 1} if "copy" in reason else {k: v for k, v in state.items() if k != name}
     model = ours()
     with pytest.raises(CheckpointError, match=reason):
-        reader.fill(model, changed, model.heads.heads())
+        fill(model, reader.rename(changed, model.heads.heads()))
 
 
 def test_labels_of_denoising_are_the_first_rows_and_must_be_enough() -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch import nn
 
 from queryvision.head import Fit, Steering
+from queryvision.layers.deformable import DeformableAttention
 from queryvision.layers.positions import AnchorPositions
 from queryvision.model.backbone import make_backbone
 from queryvision.model.builders.checks import HeadParts, check_at_least, check_levels, check_sizes, make_heads
-from queryvision.model.builders.deformable import deformable_decoder_layers, deformable_encoder
-from queryvision.model.decoder import Decoder
+from queryvision.model.cross_attention import DeformableCrossAttention
+from queryvision.model.decoder import Decoder, DecoderLayer
+from queryvision.model.deformable_encoder import DeformableEncoder, DeformableEncoderLayer
 from queryvision.model.denoising import Denoising
 from queryvision.model.encoder import Positions
 from queryvision.model.neck import Pyramid
@@ -72,14 +75,22 @@ def dino(
         width, decoder_layers, proposals="all", anchors=4, refines="raw", look_twice=True, eps=1e-3, denoising=denoising > 0
     )
     heads, slots = make_heads(heads, fit)
-    positions = Positions(width, temperature=20.0)
+    attention = partial(DeformableAttention, width, num_heads, num_levels, num_points)
     return QueryModel(
         backbone=trunk,
         neck=Pyramid(trunk.channels, width, num_levels),
-        encoder=deformable_encoder(width, encoder_layers, num_heads, num_levels, num_points, ffn_width, dropout, positions),
+        encoder=DeformableEncoder(
+            [DeformableEncoderLayer(attention(), width, ffn_width, dropout) for _ in range(encoder_layers)],
+            Positions(width, temperature=20.0),
+            width,
+            num_levels,
+        ),
         queries=SelectedQueries(num_queries, width, LearnedStart(num_queries, width, slots)),
         decoder=Decoder(
-            deformable_decoder_layers(width, decoder_layers, num_heads, num_levels, num_points, ffn_width, dropout, slots > 0),
+            [
+                DecoderLayer(width, num_heads, DeformableCrossAttention(attention()), ffn_width, dropout, slots > 0)
+                for _ in range(decoder_layers)
+            ],
             nn.LayerNorm(width),
             AnchorPositions(width, 4, slots),
         ),

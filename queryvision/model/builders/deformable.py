@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch import nn
 
@@ -89,60 +90,30 @@ def deformable_detr(
         steering = replace(steering, later=None)
     if not two_stage:
         steering = replace(steering, rank=None, first=None)
+    attention = partial(DeformableAttention, width, num_heads, num_levels, num_points)
     queries: nn.Module = AnchoredQueries(num_queries, width, slots)
     if two_stage:
         queries = SelectedQueries(num_queries, width, AnchorStart(width), teach_all=True)
     return QueryModel(
         backbone=trunk,
         neck=Pyramid(trunk.channels, width, num_levels),
-        encoder=deformable_encoder(
-            width, encoder_layers, num_heads, num_levels, num_points, ffn_width, dropout, Positions(width, offset=0.5)
+        encoder=DeformableEncoder(
+            [DeformableEncoderLayer(attention(), width, ffn_width, dropout) for _ in range(encoder_layers)],
+            Positions(width, offset=0.5),
+            width,
+            num_levels,
         ),
         queries=queries,
         decoder=Decoder(
-            deformable_decoder_layers(width, decoder_layers, num_heads, num_levels, num_points, ffn_width, dropout, slots > 0),
+            [
+                DecoderLayer(width, num_heads, DeformableCrossAttention(attention()), ffn_width, dropout, slots > 0)
+                for _ in range(decoder_layers)
+            ],
             nn.Identity(),
         ),
         heads=heads,
         steering=steering,
     )
-
-
-def deformable_encoder(
-    width: int,
-    layers: int,
-    num_heads: int,
-    num_levels: int,
-    num_points: int,
-    ffn_width: int,
-    dropout: float,
-    positions: Positions,
-) -> DeformableEncoder:
-    """Encoder layers of deformable attention; see `deformable_detr`."""
-    made = [
-        DeformableEncoderLayer(DeformableAttention(width, num_heads, num_levels, num_points), width, ffn_width, dropout)
-        for _ in range(layers)
-    ]
-    return DeformableEncoder(made, positions, width, num_levels)
-
-
-def deformable_decoder_layers(
-    width: int,
-    layers: int,
-    num_heads: int,
-    num_levels: int,
-    num_points: int,
-    ffn_width: int,
-    dropout: float,
-    slots: bool,
-) -> list[DecoderLayer]:
-    """Decoder layers that sample around anchors; see `deformable_detr`."""
-
-    def layer() -> DecoderLayer:
-        look = DeformableCrossAttention(DeformableAttention(width, num_heads, num_levels, num_points))
-        return DecoderLayer(width, num_heads, look, ffn_width, dropout, slots)
-
-    return [layer() for _ in range(layers)]
 
 
 def deformable_detr_r50(

@@ -1,0 +1,137 @@
+"""The models that `benchmark_step.py` compares: ours, and those of `transformers` with the same sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from queryvision.criterion import Criterion
+from queryvision.structures import ImageBatch, Targets
+from queryvision.tasks.detection import deformable_detr_r50, detr_r50, dino_r50
+
+CLASSES = 91
+
+
+def random_targets(batch: int, count: int) -> Targets:
+    boxes = torch.cat((0.3 + 0.4 * torch.rand(batch, count, 2), 0.05 + 0.3 * torch.rand(batch, count, 2)), -1)
+    valid = torch.ones(batch, count, dtype=torch.bool)
+    counts = (count,) * batch
+    return Targets(
+        values={"labels": torch.randint(0, CLASSES, (batch, count)), "boxes": boxes},
+        counts=counts,
+        valid=valid,
+        has={"labels": valid, "boxes": valid},
+        num_with={"labels": counts, "boxes": counts},
+        covers=torch.ones(batch, CLASSES, dtype=torch.bool),
+        covers_all=True,
+        sizes=torch.full((batch, 2), 480),
+        ignore_boxes=torch.zeros(batch, 0, 4),
+    )
+
+
+def images_of(pixels: torch.Tensor) -> ImageBatch:
+    batch, _, height, width = pixels.shape
+    padding = torch.zeros(batch, height, width, dtype=torch.bool)
+    return ImageBatch(pixels, padding, False, torch.tensor([[height, width]] * batch))
+
+
+def update(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Clipping and the optimiser's step, the same on both sides."""
+    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 0.1)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+OURS: dict[str, Callable[[], torch.nn.Module]] = {
+    "detr": lambda: detr_r50(CLASSES),
+    "deformable": lambda: deformable_detr_r50(CLASSES, refine=True, two_stage=True),
+    "dino": lambda: dino_r50(CLASSES),
+    "dino without denoising": lambda: dino_r50(CLASSES, denoising=0),
+}
+
+
+class Ours:
+    """A model of this project."""
+
+    def __init__(self, name: str) -> None:
+        self.model: Any = OURS[name]()
+        self.criterion = Criterion(self.model.heads.heads(), self.model.steering)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
+
+    def train(self, pixels: torch.Tensor, targets: Targets) -> None:
+        self.model.train()
+        losses = self.criterion(self.model(images_of(pixels), targets), targets)
+        losses.total.backward()
+        update(self.model, self.optimizer)
+
+    def infer(self, pixels: torch.Tensor) -> None:
+        self.model.eval()
+        with torch.inference_mode():
+            self.model(images_of(pixels))
+
+
+class Transformers:
+    """The model of `transformers` with its default attention and the losses of all layers.
+
+    Args:
+        name: of the model.
+        dropout: of attention weights and inside the feed-forward parts: 0.1 as published and ours; its default is 0.
+    """
+
+    def __init__(self, name: str, dropout: float = 0.1) -> None:
+        self.model = peer_detr(dropout) if name == "detr" else peer_deformable(dropout, name == "dino")
+        for key, parameter in self.model.model.backbone.named_parameters():
+            # As published: stem and first stage frozen. transformers 5.23 freezes all of its own ResNet, which is less work.
+            parameter.requires_grad_(any(f"stages.{i}" in key for i in (1, 2, 3)) and "normalization" not in key)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-6)
+
+    def train(self, pixels: torch.Tensor, targets: Targets) -> None:
+        self.model.train()
+        labels = [{"class_labels": c, "boxes": b} for c, b in zip(targets["labels"], targets["boxes"], strict=True)]
+        self.model(pixels, labels=labels).loss.backward()
+        update(self.model, self.optimizer)
+
+    def infer(self, pixels: torch.Tensor) -> None:
+        self.model.eval()
+        with torch.inference_mode():
+            self.model(pixels)
+
+
+def peer_detr(dropout: float) -> Any:
+    from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
+
+    backbone = ResNetConfig(out_features=["stage4"])
+    config = DetrConfig(
+        num_labels=CLASSES, auxiliary_loss=True, backbone_config=backbone, attention_dropout=dropout, activation_dropout=dropout
+    )
+    return DetrForObjectDetection(config)
+
+
+def peer_deformable(dropout: float, large: bool) -> Any:
+    """Two-stage Deformable DETR; `large`: with DINO's sizes, and no dropout at all, as DINO."""
+    from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
+
+    rates = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0)
+    if not large:
+        rates = {"dropout": 0.1, "attention_dropout": dropout, "activation_dropout": dropout}
+    queries, ffn = (900, 2048) if large else (300, 1024)
+    config = DeformableDetrConfig(
+        num_labels=CLASSES,
+        auxiliary_loss=True,
+        use_timm_backbone=False,
+        backbone=None,
+        use_pretrained_backbone=False,
+        backbone_config=ResNetConfig(out_features=["stage2", "stage3", "stage4"]),
+        with_box_refine=True,
+        two_stage=True,
+        num_queries=queries,
+        two_stage_num_proposals=queries,
+        encoder_ffn_dim=ffn,
+        decoder_ffn_dim=ffn,
+        **rates,
+    )
+    return DeformableDetrForObjectDetection(config)
