@@ -38,7 +38,8 @@ def resolve(config: Config, task: Task) -> Config:
     if not isinstance(name, str):
         raise ConfigError("model.name: which builder makes the model? For example --set model.name=detr_r50")
     given = {key: value for key, value in config.model.items() if key != "name"}
-    model = {"name": name, **arguments(builder(name), given, "model")}
+    auto = {key: given.pop(key) for key in ("num_queries",) if given.get(key) == "auto"}  # until `fit_to_data` knows better
+    model = {"name": name, **arguments(builder(name), given, "model"), **auto}
     unknown = set(config.heads) - set(task.heads)
     if unknown:
         task.make_heads(1, config.heads)  # says which
@@ -56,7 +57,7 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def build_model(config: Config, task: Task, classes: ClassMap) -> QueryModel:
     """A model of a resolved configuration, with random weights."""
-    keywords = {key: value for key, value in config.model.items() if key != "name"}
+    keywords = {key: value for key, value in config.model.items() if key != "name" and value != "auto"}
     return builder(config.model["name"])(task.make_heads(len(classes), config.heads), task.steering, **keywords)
 
 

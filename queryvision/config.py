@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
@@ -31,11 +31,32 @@ class DataSettings(Settings):
     path: str | None = Field(None, min_length=1, description="folder of the data set; empty: the embedded drawn scenes")
     train_split: str = Field("train", description="name of the split to train on")
     val_split: str = Field("val", description="name of the split to evaluate on")
-    image_size: int = Field(128, ge=32, description="short side in pixels; the long side is capped at 1333/800 of it")
-    augmentation: Literal["detr", "light", "none"] = Field("light", description="detr: as published; light; none")
+    image_size: Annotated[int, Field(ge=32)] | Literal["auto"] = Field(
+        128, description="short side in pixels, or auto: chosen from the data; the long side is capped at 1333/800 of it"
+    )
+    augmentation: Literal["strong", "detr", "light", "none"] = Field(
+        "light", description="strong: RT-DETR's, then light; detr: as published; light; none"
+    )
+    mosaic: float = Field(0.0, ge=0, le=1, description="probability that four images share one")
+    mixup: float = Field(0.0, ge=0, le=1, description="probability that a second image is blended in")
+    copy_blend: float = Field(0.0, ge=0, le=1, description="probability that objects of another image are blended in")
+    strong_until: float = Field(
+        0.9, ge=0, le=1, description="share of all steps with strong, mosaic, mixup and copy_blend, where they are on"
+    )
     limit: int | None = Field(None, ge=1, description="use only so many training images, and evaluate on the same ones")
     workers: int = Field(0, ge=0, description="processes that read images; 0: the training process itself")
     strict: bool = Field(False, description="refuse a data set with a bad annotation instead of dropping it")
+
+    @property
+    def side(self) -> int:
+        """The image size, once it is chosen.
+
+        Raises:
+            ConfigError: it is still to be chosen from data.
+        """
+        if self.image_size == "auto":
+            raise ConfigError("data.image_size = auto is chosen when a training starts; give a number, such as --image-size 256")
+        return self.image_size
 
 
 class TrainSettings(Settings):

@@ -15,11 +15,12 @@ from queryvision.assembly import build_model, header, load_model, resolve
 from queryvision.config import Config, load_config
 from queryvision.criterion import Criterion
 from queryvision.data.loader import BatchPlan, train_loader
-from queryvision.data.transforms import training_transform
+from queryvision.data.phases import training_phases
 from queryvision.engine.processes import make_accelerator
 from queryvision.engine.run_log import summary
 from queryvision.engine.trainer import Trainer
 from queryvision.errors import ConfigError
+from queryvision.fitting import fit_to_data
 from queryvision.inference.drawing import grid
 from queryvision.inference.predictor import Predictor
 from queryvision.model.query_model import QueryModel
@@ -130,12 +131,16 @@ class _Run:
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.task: Task = resolve_task(config.task)
-        self.config = resolve(config, self.task)
-        self.accelerator = make_accelerator(self.config.train)
+        self.accelerator = make_accelerator(config.train)
         self.say = self.accelerator.print  # on the main process
         # The first process may have made the folder already when the others look for a free one.
         self.folder = Path(broadcast_object_list([str(folder)])[0])
-        self.train_data, self.val_data = open_splits(self.config, self.task)
+        resolve(config, self.task)  # a wrong setting is told before any data is read
+        self.train_data, self.val_data = open_splits(config, self.task)
+        fitted, choices = fit_to_data(config, self.train_data)
+        self.config = resolve(fitted, self.task)
+        if choices:
+            self.say(f"chosen from the data: {', '.join(choices)}")
         for line in data_warnings(self.train_data, self.val_data):
             self.say(f"warning: {line}")
         self.classes = self.train_data.classes
@@ -203,10 +208,11 @@ class _Run:
 
     def _batches(self, start: int) -> Iterator[Batch]:
         data = self.config.data
-        transform = training_transform(data.augmentation, data.image_size)
+        until = round(data.strong_until * self.steps) * self.config.train.accumulate
+        transform, first_part = training_phases(data.augmentation, data.side, until, data.mosaic, data.mixup, data.copy_blend)
         pin = self.accelerator.device.type == "cuda"
         loader = train_loader(
-            self.train_data, transform, len(self.classes), self.task.needs, self.plan, start, data.workers, pin
+            self.train_data, transform, len(self.classes), self.task.needs, self.plan, start, data.workers, pin, first_part
         )
         return iter(loader)
 

@@ -50,7 +50,7 @@ def evaluate_model(
     settings = config.evaluation
     batches = evaluation_loader(
         data,
-        evaluation_transform(config.data.image_size),
+        evaluation_transform(config.data.side),
         len(data.classes),
         task.needs,
         settings.batch_size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import cv2
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from queryvision.data.collate import collate
+from queryvision.data.phases import FirstPart
 from queryvision.data.plan import BatchPlan
 from queryvision.data.sample import Sample
 from queryvision.errors import DataError
@@ -97,6 +99,7 @@ def train_loader(
     start_step: int = 0,
     workers: int = 0,
     pin_memory: bool = False,
+    first_part: FirstPart | None = None,
 ) -> Loader[Batch]:
     """Endless training batches, the same ones for any number of workers and any place to start.
 
@@ -111,11 +114,12 @@ def train_loader(
         start_step: the step of the first batch.
         workers: loader processes; 0: in this one.
         pin_memory: whether batches lie in page-locked memory.
+        first_part: what the first batches of a run go through instead of `transform`.
 
     Raises:
         DataError: (while iterating) ten images in a row cannot be read, or a label is out of range.
     """
-    steps = _TrainSteps(dataset, transform, num_classes, tuple(needs), plan)
+    steps = _TrainSteps(dataset, transform, num_classes, tuple(needs), plan, first_part)
     return Loader(_data_loader(steps, _From(start_step), workers, pin_memory), None)
 
 
@@ -175,18 +179,21 @@ class _TrainSteps(Dataset[Any]):
     num_classes: int
     needs: tuple[str, ...]
     plan: BatchPlan
+    first_part: FirstPart | None
 
     def __getitem__(self, step: int) -> Batch | DataError:
         try:
             samples: list[Sample] = []
             skipped: list[str] = []
+            read = partial(self._read, skipped)
+            first = self.first_part if self.first_part and step < self.first_part.until else None
             for index, seed in self.plan.batch(step):
-                samples.append(self.transform(self._read(index, skipped), seed))
+                samples.append(first(index, seed, read, len(self.dataset)) if first else self.transform(read(index), seed))
             return collate(samples, self.num_classes, self.needs, skipped)
         except DataError as error:
             return error
 
-    def _read(self, index: int, skipped: list[str]) -> Sample:
+    def _read(self, skipped: list[str], index: int) -> Sample:
         tries = min(MAX_TRIES, len(self.dataset))
         for offset in range(tries):
             try:

@@ -12,6 +12,9 @@ from PIL import Image
 
 from queryvision.data.albumentations import A
 
+MEAN_COLOUR = (124, 116, 104)
+"""RGB of what is filled in: ImageNet's mean, which is 0 once normalised."""
+
 
 def resized_size(size: tuple[int, int], short: int, longest: int | None = None) -> tuple[int, int]:
     """Size that keeps the aspect ratio, with the published rounding (`facebookresearch/detr:datasets/transforms.py`).
@@ -35,35 +38,63 @@ def resized_size(size: tuple[int, int], short: int, longest: int | None = None) 
     return short, int(short * width / height)
 
 
+def fitted_size(size: tuple[int, int], most: tuple[int, int], scale: float) -> tuple[int, int]:
+    """Height, width that is `scale` times `size`, at least 1 and at most `most`, all height, width in px."""
+    return max(1, min(most[0], round(size[0] * scale))), max(1, min(most[1], round(size[1] * scale)))
+
+
+def resize_image(image: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
+    """(H,W,3) uint8 -> (*size,3), by Pillow's antialiased bilinear filter."""
+    if image.shape[:2] == size:
+        return image
+    return np.array(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
+
+
+def resize_quickly(image: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
+    """(H,W,3) uint8 -> (*size,3), by OpenCV, several times faster; antialiased where it shrinks much."""
+    shrinks = min(size[0] / image.shape[0], size[1] / image.shape[1]) < 2 / 3
+    return np.asarray(cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR))
+
+
+def resize_masks(masks: Sequence[NDArray[Any]] | NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
+    """Masks, n of (H,W) uint8 -> (n,*size) uint8, nearest pixel centre."""
+    resized = np.empty((len(masks), *size), np.uint8)
+    for new, mask in zip(resized, masks, strict=True):
+        new[:] = cv2.resize(mask, (size[1], size[0]), interpolation=cv2.INTER_NEAREST_EXACT)
+    return resized
+
+
 class ShortSide(A.DualTransform):  # type: ignore[misc]
     """Resizes the short side to one of `sizes`, aspect ratio kept, with Pillow's antialiased bilinear filter as published.
 
     Args:
         sizes: short sides in px, one is drawn.
         longest: bound of the long side in px.
+        framed: whether the result must not exceed what the image would become that the chain began with, however it was
+            cropped since. Then images of similar shape share a batch with little padding, as without the crop.
     """
 
     _targets = A.HorizontalFlip._targets
 
-    def __init__(self, sizes: Sequence[int], longest: int | None = None, p: float = 1.0) -> None:
+    def __init__(self, sizes: Sequence[int], longest: int | None = None, framed: bool = False, p: float = 1.0) -> None:
         super().__init__(p=p)
-        self.sizes, self.longest = tuple(sizes), longest
+        self.sizes, self.longest, self.framed = tuple(sizes), longest, framed
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
         """Draws the size."""
-        size = (int(params["shape"][0]), int(params["shape"][1]))
-        return {"size": resized_size(size, self.py_random.choice(self.sizes), self.longest)}
+        short, size = self.py_random.choice(self.sizes), (int(params["shape"][0]), int(params["shape"][1]))
+        if not self.framed:
+            return {"size": resized_size(size, short, self.longest)}
+        frame = resized_size(data["frame"], short, self.longest)
+        return {"size": fitted_size(size, frame, min(frame[0] / size[0], frame[1] / size[1]))}
 
     def apply(self, img: NDArray[Any], size: tuple[int, int] = (0, 0), **params: Any) -> NDArray[Any]:
         """(H,W,3) uint8 -> (*size,3)."""
-        if img.shape[:2] == size:
-            return img
-        return np.array(Image.fromarray(img).resize((size[1], size[0]), Image.Resampling.BILINEAR))
+        return resize_image(img, size)
 
     def apply_to_masks(self, masks: NDArray[Any], size: tuple[int, int] = (0, 0), **params: Any) -> NDArray[Any]:
         """(n,H,W) -> (n,*size), nearest pixel centre."""
-        resized = [cv2.resize(mask, (size[1], size[0]), interpolation=cv2.INTER_NEAREST_EXACT) for mask in masks]
-        return np.stack(resized) if resized else np.zeros((0, *size), masks.dtype)
+        return resize_masks(masks, size)
 
     def apply_to_bboxes(self, bboxes: NDArray[Any], **params: Any) -> NDArray[Any]:
         """Boxes are relative to the image here."""
@@ -78,32 +109,10 @@ class ShortSide(A.DualTransform):  # type: ignore[misc]
         return moved
 
 
-class RandomCrop(A.DualTransform):  # type: ignore[misc]
-    """Crops a part whose sides are drawn independently.
-
-    Args:
-        low: smallest side; px, or share of the side where `relative`.
-        high: largest side; never larger than the image.
-        relative: whether `low` and `high` are shares.
-    """
+class Crop(A.DualTransform):  # type: ignore[misc]
+    """Base of the crops, which draw `part`: y1, x1, y2, x2 in px."""
 
     _targets = A.HorizontalFlip._targets
-
-    def __init__(self, low: float, high: float, relative: bool = False, p: float = 1.0) -> None:
-        super().__init__(p=p)
-        self.low, self.high, self.relative = low, high, relative
-
-    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-        """Draws the part: y1, x1, y2, x2 in px."""
-        sides = [self._side(int(length)) for length in params["shape"][:2]]
-        starts = [self.py_random.randint(0, int(n) - s) for n, s in zip(params["shape"][:2], sides, strict=True)]
-        return {"part": (starts[0], starts[1], starts[0] + sides[0], starts[1] + sides[1])}
-
-    def _side(self, length: int) -> int:
-        unit = length if self.relative else 1
-        high = max(1, min(length, round(self.high * unit)))
-        side: int = self.py_random.randint(max(1, min(high, round(self.low * unit))), high)
-        return side
 
     def apply(self, img: NDArray[Any], part: tuple[int, int, int, int] = (0, 0, 0, 0), **params: Any) -> NDArray[Any]:
         """(H,W,...) -> the part."""
@@ -133,6 +142,32 @@ class RandomCrop(A.DualTransform):  # type: ignore[misc]
         moved = keypoints.astype(np.float32, copy=True)
         moved[:, :2] -= (part[1], part[0])
         return moved
+
+
+class RandomCrop(Crop):
+    """Crops a part whose sides are drawn independently.
+
+    Args:
+        low: smallest side; px, or share of the side where `relative`.
+        high: largest side; never larger than the image.
+        relative: whether `low` and `high` are shares.
+    """
+
+    def __init__(self, low: float, high: float, relative: bool = False, p: float = 1.0) -> None:
+        super().__init__(p=p)
+        self.low, self.high, self.relative = low, high, relative
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        """Draws the part: y1, x1, y2, x2 in px."""
+        sides = [self._side(int(length)) for length in params["shape"][:2]]
+        starts = [self.py_random.randint(0, int(n) - s) for n, s in zip(params["shape"][:2], sides, strict=True)]
+        return {"part": (starts[0], starts[1], starts[0] + sides[0], starts[1] + sides[1])}
+
+    def _side(self, length: int) -> int:
+        unit = length if self.relative else 1
+        high = max(1, min(length, round(self.high * unit)))
+        side: int = self.py_random.randint(max(1, min(high, round(self.low * unit))), high)
+        return side
 
 
 class Flip(A.HorizontalFlip):  # type: ignore[misc]

@@ -15,14 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from queryvision.data.albumentations import A
+from queryvision.data.follow import SMALLEST_SIDE, FlipPairs, rebuilt
 from queryvision.data.resizing import Flip, RandomCrop, ShortSide, resized_size
 from queryvision.data.sample import Annotations, Sample
+from queryvision.data.zooming import IoUCrop, ZoomOut
 from queryvision.errors import ConfigError, nearest
 
-FlipPairs = Sequence[tuple[int, int]]
-PRESETS = ("detr", "light", "none")
+PRESETS = ("detr", "light", "strong", "none")
 PUBLISHED_SIZE, PUBLISHED_LONGEST = 800, 1333  # px, DETR
-SMALLEST_SIDE = 0.01  # px; an object of which less is left is gone
+ZOOM_BOUND = 1.5  # of zoomed-out images, in image sizes; they are cropped afterwards
 
 
 class Transform:
@@ -50,7 +51,8 @@ class Transform:
         """
         old = sample.annotations
         height, width = sample.image.shape[:2]
-        data = {"image": sample.image, "bboxes": _numbered(old), "keypoints": _points(old, height, width)}
+        data: dict[str, Any] = {"image": sample.image, "bboxes": _numbered(old), "keypoints": _points(old, height, width)}
+        data["frame"] = (height, width)  # for steps that ask how large the image was before the others
         masks = _stacked(old)
         if masks is not None and len(masks):
             data["masks"] = masks
@@ -62,65 +64,13 @@ class Transform:
         size = (image.shape[0], image.shape[1])
         moved = np.asarray(new["bboxes"], np.float32).reshape(-1, 5)
         points = np.asarray(new["keypoints"], np.float32)
-        if masks is not None:
-            masks = np.asarray(new["masks"]) if len(masks) else np.zeros((0, *size), np.uint8)
         scale = _scale(points[:3], height, width)
-        return replace(sample, image=image, annotations=self._rebuild(old, moved, points[3:], masks, scale, size))
 
-    def _rebuild(
-        self,
-        old: Annotations,
-        moved: NDArray[Any],
-        points: NDArray[Any],
-        masks: NDArray[Any] | None,
-        scale: float,
-        size: tuple[int, int],
-    ) -> Annotations:
-        """Annotations from what albumentations returned: boxes (m,5) with their number, points (nK,2), masks (n+r,H,W)."""
-        n = len(old.labels)
-        number = moved[:, 4].astype(np.int64)
-        boxes = np.clip(moved[:, :4], 0, [*size[::-1]] * 2).astype(np.float32)
-        keep, kept, ignored = number[number < n], boxes[number < n], number[number >= n] - n
-        share = _area(kept) / np.maximum(_area(old.boxes[keep]) * abs(scale), 1e-9)
-        new = Annotations(
-            labels=old.labels[keep],
-            boxes=kept,
-            areas=(old.areas[keep] * abs(scale) * np.minimum(share, 1)).astype(np.float32),
-            ids=old.ids[keep],
-            extra={key: value[keep] for key, value in old.extra.items()},
-            has={key: value[keep] for key, value in old.has.items()},
-            ignore_boxes=boxes[number >= n],
-            ignore_labels=old.ignore_labels[ignored],
-            covers=old.covers,
-        )
-        if old.keypoints is not None:
-            new.keypoints, new.has["keypoints"] = self._keypoints(old, points, scale < 0, size)
-            new.keypoints, new.has["keypoints"] = new.keypoints[keep], new.has["keypoints"][keep]
-        if masks is not None and old.masks is not None:
-            new.masks = masks[:n][keep]
-            new.ignore_masks = None if old.ignore_masks is None else masks[n:][ignored]
-            return _follow_masks(new, cut=share < 0.999)
-        return new
+        def moved_masks(rows: NDArray[Any]) -> NDArray[Any]:
+            return np.asarray(new["masks"])[rows] if len(rows) else np.zeros((0, *size), np.uint8)
 
-    def _keypoints(
-        self, old: Annotations, points: NDArray[Any], mirrored: bool, size: tuple[int, int]
-    ) -> tuple[NDArray[Any], NDArray[Any]]:
-        """(n,K,3) and (n,K) bool; what is unlabelled or outside becomes 0, 0, 0."""
-        assert old.keypoints is not None
-        keypoints = old.keypoints.copy()
-        keypoints[:, :, :2] = points.reshape(*keypoints.shape[:2], 2)
-        has = old.has.get("keypoints", np.ones(keypoints.shape[:2], bool)) & (keypoints[:, :, 2] > 0)
-        if mirrored:
-            if self.flip_pairs is None:
-                raise ConfigError("a step mirrors images with keypoints; give flip_pairs, or leave the step out")
-            order = np.arange(keypoints.shape[1])
-            for left, right in self.flip_pairs:
-                order[[left, right]] = order[[right, left]]
-            keypoints, has = keypoints[:, order], has[:, order]
-        x, y = keypoints[:, :, 0], keypoints[:, :, 1]
-        has = has & (x >= 0) & (y >= 0) & (x <= size[1]) & (y <= size[0])
-        keypoints[~has] = 0
-        return keypoints, has
+        found = rebuilt(old, moved[:, 4].astype(np.int64), moved[:, :4], points[3:], moved_masks, scale, size, self.flip_pairs)
+        return replace(sample, image=image, annotations=found)
 
 
 class EvaluationTransform(Transform):
@@ -145,14 +95,15 @@ def training_transform(name: str, image_size: int, flip_pairs: FlipPairs | None 
 
     Args:
         name: "detr": flip, resize to one of eleven sizes, and half the time a crop in between, as published. "light":
-            flip, mild colour, mild scale, and a crop that keeps most objects. "none": resize only.
+            flip, mild colour, mild scale, and a crop that keeps most objects. "strong": see `strong_transform`. "none":
+            resize only.
         image_size: largest short side in px; all of DETR's numbers scale with it (800 as published).
         flip_pairs: see `Transform`.
 
     Raises:
         ConfigError: the name is unknown or the size is not positive.
     """
-    longest = _scaled(PUBLISHED_LONGEST, image_size)
+    longest = longest_side(image_size)
     if name == "detr":
         sizes = [_scaled(side, image_size) for side in range(480, 801, 32)]
         crop = [
@@ -163,12 +114,32 @@ def training_transform(name: str, image_size: int, flip_pairs: FlipPairs | None 
         return Transform([Flip(p=0.5), A.OneOf([ShortSide(sizes, longest), A.Sequential(crop, p=1.0)], p=1.0)], flip_pairs)
     if name == "light":
         colour = A.ColorJitter(brightness=(0.8, 1.2), contrast=(0.8, 1.2), saturation=(0.8, 1.2), hue=(-0.02, 0.02), p=0.5)
-        sizes = [max(1, round(image_size * share)) for share in (0.8, 0.85, 0.9, 0.95, 1.0)]
         crop_some = RandomCrop(0.8, 1.0, relative=True, p=0.5)
-        return Transform([Flip(p=0.5), crop_some, ShortSide(sizes, longest), colour], flip_pairs)
+        return Transform([Flip(p=0.5), crop_some, ShortSide(_jittered(image_size), longest), colour], flip_pairs)
+    if name == "strong":
+        return strong_transform(image_size, flip_pairs)
     if name == "none":
         return Transform([ShortSide([image_size], longest)], flip_pairs)
     raise ConfigError(f"no augmentation '{name}'; {nearest(name, PRESETS)}")
+
+
+def strong_transform(image_size: int, flip_pairs: FlipPairs | None = None, zoom: bool = True) -> Transform:
+    """Zoom-out, IoU crop, flip, mild scale and photometric distortion, as RT-DETR (arXiv 2304.08069) has them.
+
+    Colours come last, when the image is small. The published recipe resizes to a square; here the aspect is kept.
+
+    Args:
+        image_size: largest short side in px.
+        flip_pairs: see `Transform`.
+        zoom: whether there are zoom-out and IoU crop.
+
+    Raises:
+        ConfigError: the size is not positive.
+    """
+    longest = longest_side(image_size)
+    zooming = [ZoomOut(round(ZOOM_BOUND * image_size), p=0.5), IoUCrop(p=0.8)] if zoom else []
+    resize = ShortSide(_jittered(image_size), longest, framed=True)
+    return Transform([*zooming, Flip(p=0.5), resize, A.Sequential(_photometric(), p=0.5)], flip_pairs)
 
 
 def evaluation_transform(image_size: int) -> EvaluationTransform:
@@ -177,7 +148,32 @@ def evaluation_transform(image_size: int) -> EvaluationTransform:
     Raises:
         ConfigError: the size is not positive.
     """
-    return EvaluationTransform(image_size, _scaled(PUBLISHED_LONGEST, image_size))
+    return EvaluationTransform(image_size, longest_side(image_size))
+
+
+def longest_side(image_size: int) -> int:
+    """Bound of the long side in px, where the short one is `image_size`.
+
+    Raises:
+        ConfigError: the size is not positive.
+    """
+    return _scaled(PUBLISHED_LONGEST, image_size)
+
+
+def _jittered(image_size: int) -> list[int]:
+    return [max(1, round(image_size * share)) for share in (0.8, 0.85, 0.9, 0.95, 1.0)]
+
+
+def _photometric() -> list[A.BasicTransform]:
+    """SSD's distortions, each half the time; the strengths are RT-DETR's."""
+    ranges: dict[str, tuple[float, float]] = {
+        "brightness": (0.875, 1.125),
+        "contrast": (0.5, 1.5),
+        "saturation": (0.5, 1.5),
+        "hue": (-0.05, 0.05),
+    }
+    neutral = {"brightness": (1.0, 1.0), "contrast": (1.0, 1.0), "saturation": (1.0, 1.0), "hue": (0.0, 0.0)}
+    return [*(A.ColorJitter(**{**neutral, name: span}, p=0.5) for name, span in ranges.items()), A.ChannelShuffle(p=0.5)]
 
 
 def _scaled(published: int, image_size: int) -> int:
@@ -218,29 +214,3 @@ def _scale(corners: NDArray[Any], height: int, width: int) -> float:
     """By how much areas grew; negative: mirrored."""
     right, down = (corners[1] - corners[0]) / width, (corners[2] - corners[0]) / height
     return float(right[0] * down[1] - right[1] * down[0])
-
-
-def _area(boxes: NDArray[Any]) -> NDArray[Any]:
-    return np.asarray((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
-
-
-def _follow_masks(annotations: Annotations, cut: NDArray[Any]) -> Annotations:
-    """Lets boxes and areas of cut objects (n,) follow their masks; drops those of which nothing is left."""
-    assert annotations.masks is not None
-    has = annotations.has.get("masks", np.ones(len(cut), bool))
-    seen = annotations.masks.any((1, 2))
-    for i in np.flatnonzero(cut & has & seen):
-        columns, rows = np.flatnonzero(annotations.masks[i].any(0)), np.flatnonzero(annotations.masks[i].any(1))
-        annotations.boxes[i] = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
-        annotations.areas[i] = annotations.masks[i].sum()
-    # An object that merely became too small for a pixel keeps its box, and says that it has no mask.
-    annotations.has["masks"] = has & seen
-    gone = cut & has & ~seen
-    return _select(annotations, ~gone) if gone.any() else annotations
-
-
-def _select(annotations: Annotations, keep: NDArray[Any]) -> Annotations:
-    rows = {name: getattr(annotations, name) for name in ("labels", "boxes", "areas", "ids", "masks", "keypoints")}
-    chosen = {name: value[keep] for name, value in rows.items() if value is not None}
-    extra = {key: value[keep] for key, value in annotations.extra.items()}
-    return replace(annotations, **chosen, extra=extra, has={key: value[keep] for key, value in annotations.has.items()})

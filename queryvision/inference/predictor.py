@@ -55,7 +55,7 @@ class Predictor:
         self.task = loaded.task
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = loaded.model.to(self.device).eval()
-        self.transform = evaluation_transform(settings.data.image_size)
+        self.transform = evaluation_transform(settings.data.side)
         self.batch_size = settings.evaluation.batch_size
         self.limit, self.overlap = settings.evaluation.max_results, settings.evaluation.overlap
 

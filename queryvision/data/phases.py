@@ -1,0 +1,71 @@
+"""What images go through in the first part of training and afterwards, as a function of the step alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from queryvision.data.follow import FlipPairs
+from queryvision.data.mixing import Mixer, Read
+from queryvision.data.sample import Sample
+from queryvision.data.transforms import longest_side, strong_transform, training_transform
+
+Augment = Callable[[Sample, int], Sample]
+
+
+@dataclass(frozen=True)
+class FirstPart:
+    """The batches before `until` (counted from 0) mix images and have an augmentation of their own.
+
+    Args:
+        until: number of batches.
+        mixer: what is read.
+        transform: what it goes through.
+        mosaic_transform: what mosaics go through instead.
+    """
+
+    until: int
+    mixer: Mixer
+    transform: Augment
+    mosaic_transform: Augment
+
+    def __call__(self, index: int, seed: int, read: Read, num_images: int) -> Sample:
+        """The sample of an item; the arguments are those of `Mixer`."""
+        sample, tiled = self.mixer(index, seed, read, num_images)
+        return (self.mosaic_transform if tiled else self.transform)(sample, seed)
+
+
+def training_phases(
+    augmentation: str,
+    image_size: int,
+    until: int,
+    mosaic: float = 0.0,
+    mixup: float = 0.0,
+    copy_blend: float = 0.0,
+    flip_pairs: FlipPairs | None = None,
+) -> tuple[Augment, FirstPart | None]:
+    """What training images go through.
+
+    Args:
+        augmentation: a name that `training_transform` knows; "strong" is that of the first part, and "light" follows.
+        image_size: largest short side in px.
+        until: number of batches in the first part.
+        mosaic: probability in the first part.
+        mixup: the same.
+        copy_blend: the same.
+        flip_pairs: see `Transform`.
+
+    Returns:
+        The transform of all other batches, and the first part; None where nothing sets it apart.
+
+    Raises:
+        ConfigError: the name is unknown or the size is not positive.
+    """
+    transform = training_transform(augmentation, image_size, flip_pairs)
+    strong = augmentation == "strong"
+    later = training_transform("light", image_size, flip_pairs) if strong else transform
+    if not (strong or mosaic or mixup or copy_blend):
+        return later, None
+    mixer = Mixer(image_size, longest_side(image_size), mosaic, mixup, copy_blend)
+    whole = strong_transform(image_size, flip_pairs, zoom=False) if strong else transform  # a mosaic is small and cut already
+    return later, FirstPart(until, mixer, transform, whole)
