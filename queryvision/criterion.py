@@ -67,8 +67,9 @@ class Criterion:
             rounds = [_in_float32(r) for r in outputs.rounds]
             by_stage, united = match(rounds, self.heads, targets, generators)
             details = []
+            shares = {"stage": _main_share(rounds, by_stage), "union": _main_share(rounds, united)}
             for round, own, union in zip(rounds, by_stage, united, strict=True):
-                facts_of = self._facts(round, {"stage": own, "union": union}, targets, generators)
+                facts_of = self._facts(round, {"stage": own, "union": union}, shares, targets, generators)
                 details.append(self._round_losses(round, facts_of, targets, normalisers or {}))
             return self._sum_up(rounds, details)
 
@@ -76,6 +77,7 @@ class Criterion:
         self,
         round: Round,
         matches: Mapping[str, Match],
+        shares: Mapping[str, float],
         targets: Targets,
         generators: Sequence[torch.Generator] | None,
     ) -> Callable[[str], tuple[Match, Facts]]:
@@ -91,7 +93,7 @@ class Criterion:
         def facts_of(kind: str) -> tuple[Match, Facts]:
             if kind not in made:
                 quality, known = self._quality(round, matches[kind], targets)
-                made[kind] = matches[kind], Facts(1.0, quality, known, ignored, generators)
+                made[kind] = matches[kind], Facts(1.0, quality, known, ignored, shares[kind], generators)
             return made[kind]
 
         return facts_of
@@ -145,6 +147,13 @@ class Criterion:
                     key = name if round.queries == "main" else f"{round.queries}/{name}"
                     log[key] = value[-1].detach()
         return Losses(total, log, details)
+
+
+def _main_share(rounds: Sequence[Round], matches: Sequence[Match]) -> float:
+    """Share of the main queries that have a pair, over the stages that are no proposals; nothing is read from a device."""
+    mine = [(r, m) for r, m in zip(rounds, matches, strict=True) if r.queries == "main" and not r.proposals]
+    queries = sum(s * b * q for s, b, q in (r.shape for r, _ in mine))
+    return sum(len(m.query) for _, m in mine) / max(queries, 1)
 
 
 def _in_float32(round: Round) -> Round:

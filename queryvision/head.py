@@ -30,6 +30,7 @@ class View:
 
     state: Tensor  # (B,Q,D) after the decoder's norm
     raw: Tensor | None = None  # (B,Q,D) before it
+    earlier: Tensor | None = None  # (B,Q,D) `state` of the layer before, detached; None at the first layer
     slots: Tensor | None = None  # (B,Q,P,D) the head's own slots, normed
     anchors: Tensor | None = None  # (B,Q,2|4) what the layer looked around, 0..1; detached, unless learned queries brought it
     points: Tensor | None = None  # (B,Q,P,2) the same of the head's own slots
@@ -95,6 +96,8 @@ class Fit:
         look_twice: answers start from the anchors with their gradient (look forward twice, arXiv 2203.03605).
         eps: least share at which anchors are turned into logits.
         denoising: targets come back as queries, so what describes them needs weights.
+        distributions: numbers are refined as distributions over bins, each layer's the residual of the one before
+            (arXiv 2410.13842).
     """
 
     width: int
@@ -106,6 +109,7 @@ class Fit:
     look_twice: bool = False
     eps: float = 1e-5
     denoising: bool = False
+    distributions: bool = False
 
     @staticmethod
     def of(fit: Fit | int) -> Fit:

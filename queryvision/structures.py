@@ -236,6 +236,7 @@ class Facts:
     quality: Tensor  # (pairs,) float32, 1 where nobody knows better
     known: Tensor  # (pairs,) bool: some head knew the quality
     ignored: Tensor | None  # (S,B,Q) bool: lies in a crowd or ignore region; None: nothing does
+    main_share: float = 0.0  # of the main queries that have a pair, as this head is matched; in rounds of other groups, too
     generators: Sequence[torch.Generator] | None = None  # one an image
 
 

@@ -1,12 +1,13 @@
 """Time and memory of a published model against a named peer, side by side in one run, interleaved.
 
-    python scripts/benchmark_step.py --peer transformers [--model detr deformable dino] [--rounds 7]
-                                     [--only training inference assignment memory]
+    python scripts/benchmark_step.py --peer transformers [--model detr deformable dino rtdetrv2 dfine]
+                                     [--only training inference assignment memory laptop] [--rounds 7]
 
-Models, all with a ResNet-50: `detr`; `deformable` is the two-stage Deformable DETR; `dino` has 900 queries and feed-forward
+Models: `rtdetrv2` has a ResNet-18 and `dfine` an HGNetv2-B0, the others a ResNet-50. `detr`; `deformable` is the two-stage Deformable DETR; `dino` has 900 queries and feed-forward
 parts of 2048, and its peer is a two-stage Deformable DETR of the same sizes (without denoising queries, which `transformers`
 does not have: the figure `same work` leaves them out of ours, too).
-Training step: forward, loss, backward, AdamW, at 2x480x640. Inference: 1x800x1066. Assignment: costs and matching of 6 layers x
+Training step: forward, loss, backward, AdamW, at 2x480x640. Inference: 1x800x1066, of the last two 1x640x640; `laptop` adds the
+default model of `qv train` at that size beside both peers. Assignment: costs and matching of 6 layers x
 16 images x 100 queries x 20 targets against the published way (a matrix over all images, layer by layer). Peak memory is that
 of a process of its own which does three training steps. Needs the test extra.
 """
@@ -27,7 +28,7 @@ from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
-from step_models import CLASSES, Ours, Transformers, random_targets
+from step_models import CLASSES, REAL_TIME, Ours, Transformers, random_targets
 from torchvision.ops import generalized_box_iou
 
 from queryvision.matching import match
@@ -113,7 +114,9 @@ def compare(model: str, only: Sequence[str], rounds: int) -> list[dict[str, Any]
     if "training" in only:
         pixels, targets = torch.randn(2, 3, 480, 640), random_targets(2, 8)
         pairs = [("as published", ours, peer)]
-        if model == "dino":
+        if model in REAL_TIME:
+            pairs = [("as published", ours, peer)]
+        elif model == "dino":
             pairs.append(("same work", Ours("dino without denoising"), peer))
         else:
             pairs.append(("its default, less dropout", ours, Transformers(model, dropout=0.0)))
@@ -122,9 +125,10 @@ def compare(model: str, only: Sequence[str], rounds: int) -> list[dict[str, Any]
             results.append(interleaved(f"{model}: training step 2x480x640 / {what}", *steps, rounds))
         del pairs
     if "inference" in only:
-        photo = torch.randn(1, 3, 800, 1066)
+        height, width = (640, 640) if model in REAL_TIME else (800, 1066)
+        photo = torch.randn(1, 3, height, width)
         looks = (lambda: ours.infer(photo), lambda: peer.infer(photo))
-        results.append(interleaved(f"{model}: inference 1x800x1066", *looks, rounds))
+        results.append(interleaved(f"{model}: inference 1x{height}x{width}", *looks, rounds))
     if "memory" in only:
         a, b = peak_memory("ours", model), peak_memory("peer", model)
         print(f"{model + ': peak memory of training steps':52s} ours {a:8.0f} MB   peer {b:8.0f} MB   ratio {a / b:.2f}")
@@ -132,10 +136,21 @@ def compare(model: str, only: Sequence[str], rounds: int) -> list[dict[str, Any]
     return results
 
 
+def laptop(rounds: int) -> list[dict[str, Any]]:
+    """Inference of the default model of `qv train` beside the real-time peers, batch 1, 640x640."""
+    ours, photo = Ours("laptop default"), torch.randn(1, 3, 640, 640)
+    results = []
+    for name in REAL_TIME:
+        peer = Transformers(name)
+        looks = (lambda: ours.infer(photo), lambda p=peer: p.infer(photo))
+        results.append(interleaved(f"laptop default / transformers' {name}: 1x640x640", *looks, rounds))
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", choices=["transformers"], default="transformers")
-    parser.add_argument("--model", nargs="*", choices=["detr", "deformable", "dino"], default=["detr"])
+    parser.add_argument("--model", nargs="*", choices=["detr", "deformable", "dino", *REAL_TIME], default=["detr"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", nargs="*", default=["training", "inference", "assignment", "memory"])
     parser.add_argument("--json", help="write the figures there")
@@ -149,6 +164,8 @@ def main() -> None:
     results = [result for model in options.model for result in compare(model, options.only, options.rounds)]
     if "assignment" in options.only:
         results += assignment(options.rounds)
+    if "laptop" in options.only:
+        results += laptop(options.rounds)
     if options.json:
         with open(options.json, "w") as file:
             json.dump(results, file, indent=2)

@@ -9,7 +9,7 @@ import torch
 
 from queryvision.criterion import Criterion
 from queryvision.structures import ImageBatch, Targets
-from queryvision.tasks.detection import deformable_detr_r50, detr_r50, dino_r50
+from queryvision.tasks.detection import deformable_detr_r50, detr_r50, dfine_s, dfine_small, dino_r50, rtdetrv2_r18
 
 CLASSES = 91
 
@@ -49,7 +49,12 @@ OURS: dict[str, Callable[[], torch.nn.Module]] = {
     "deformable": lambda: deformable_detr_r50(CLASSES, refine=True, two_stage=True),
     "dino": lambda: dino_r50(CLASSES),
     "dino without denoising": lambda: dino_r50(CLASSES, denoising=0),
+    "rtdetrv2": lambda: rtdetrv2_r18(CLASSES, frozen_norm=True),
+    "dfine": lambda: dfine_s(CLASSES, frozen_norm=True),
+    "laptop default": lambda: dfine_small(CLASSES),
 }
+REAL_TIME = ("rtdetrv2", "dfine")
+"""Models whose peers take images of sides that are multiples of 32 only, and train their whole backbone."""
 
 
 class Ours:
@@ -82,12 +87,18 @@ class Transformers:
     """
 
     def __init__(self, name: str, dropout: float = 0.1) -> None:
-        self.model = peer_detr(dropout) if name == "detr" else peer_deformable(dropout, name == "dino")
+        if name in REAL_TIME:
+            self.model = peer_real_time(name)
+        else:
+            self.model = peer_detr(dropout) if name == "detr" else peer_deformable(dropout, name == "dino")
+            self._freeze()
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-6)
+
+    def _freeze(self) -> None:
         for key, parameter in self.model.model.backbone.named_parameters():
             # As published: stem and first stage frozen. transformers 5.23 freezes all of its own ResNet, which is less work.
             parameter.requires_grad_(any(f"stages.{i}" in key for i in (1, 2, 3)) and "normalization" not in key)
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameters, lr=1e-6)
 
     def train(self, pixels: torch.Tensor, targets: Targets) -> None:
         self.model.train()
@@ -135,3 +146,45 @@ def peer_deformable(dropout: float, large: bool) -> Any:
         **rates,
     )
     return DeformableDetrForObjectDetection(config)
+
+
+def peer_real_time(name: str) -> Any:
+    """RT-DETRv2-R18 or D-FINE-S: 300 queries, 100 denoising queries, 3 decoder layers, frozen batch norm in the backbone."""
+    from transformers import DFineConfig, DFineForObjectDetection, HGNetV2Config, RTDetrResNetConfig, RTDetrV2Config
+    from transformers import RTDetrV2ForObjectDetection as RTDetrV2
+
+    if name == "rtdetrv2":
+        body: Any = RTDetrResNetConfig(
+            hidden_sizes=[64, 128, 256, 512],
+            depths=[2, 2, 2, 2],
+            layer_type="basic",
+            out_features=["stage2", "stage3", "stage4"],
+        )
+        channels = [128, 256, 512]
+        return RTDetrV2(
+            RTDetrV2Config(
+                num_labels=CLASSES, backbone_config=body, encoder_in_channels=channels, decoder_layers=3, hidden_expansion=0.5
+            )
+        )
+    body = HGNetV2Config(
+        depths=[3, 4, 6, 3],
+        stem_channels=[3, 16, 16],
+        stage_in_channels=[16, 64, 256, 512],
+        stage_mid_channels=[16, 32, 64, 128],
+        stage_out_channels=[64, 256, 512, 1024],
+        stage_num_blocks=[1, 1, 2, 1],
+        stage_numb_of_layers=[3, 3, 3, 3],
+        use_learnable_affine_block=True,
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    return DFineForObjectDetection(
+        DFineConfig(
+            num_labels=CLASSES,
+            backbone_config=body,
+            encoder_in_channels=[256, 512, 1024],
+            decoder_layers=3,
+            decoder_n_points=[3, 6, 3],
+            hidden_expansion=0.5,
+            depth_mult=0.34,
+        )
+    )

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from queryvision.layers.conv import Activation, activate
 from queryvision.ops.dropout import dropout
 
 
@@ -68,16 +69,18 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Linear, ReLU, dropout, linear.
+    """Linear, activation, dropout, linear.
 
     Args:
         width: D.
         hidden: channels between the two linear layers.
         dropout: after the activation.
+        activation: between the linear layers.
     """
 
-    def __init__(self, width: int, hidden: int, dropout: float = 0.0) -> None:
+    def __init__(self, width: int, hidden: int, dropout: float = 0.0, activation: Activation = "relu") -> None:
         super().__init__()
+        self.activation = activation
         self.linear1 = nn.Linear(width, hidden)
         self.linear2 = nn.Linear(hidden, width)
         self.dropout = dropout
@@ -86,4 +89,5 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(...,D) -> (...,D)."""
-        return self.linear2(dropout(F.relu(self.linear1(x), inplace=True), self.dropout, self.training))  # type: ignore[no-any-return]
+        hidden = activate(self.linear1(x), self.activation)
+        return self.linear2(dropout(hidden, self.dropout, self.training))  # type: ignore[no-any-return]

@@ -69,6 +69,25 @@ class SinePositions(nn.Module):
         return sine_embedding(torch.stack((y, x), -1), self.width // 2, self.temperature).flatten(1, 2).to(like.dtype)
 
 
+def grid_sines(shape: tuple[int, int], like: Tensor, temperature: float = 10000.0) -> Tensor:
+    """Sines of the cells' row and column numbers (RT-DETR:hybrid_encoder.py), neither normalised nor interleaved.
+
+    Args:
+        shape: H, W of the map.
+        like: (B,H*W,D), of the width, device and dtype wanted.
+        temperature: see `sine_embedding`.
+
+    Returns:
+        (1,H*W,D): sin y, cos y, sin x, cos x, a quarter of the channels each.
+    """
+    quarter = like.shape[-1] // 4
+    wave = temperature ** (-torch.arange(quarter, device=like.device) / quarter)
+    y, x = (torch.arange(n, device=like.device)[:, None] * wave for n in shape)
+    rows = torch.cat((y.sin(), y.cos()), -1)[:, None].expand(-1, shape[1], -1)
+    columns = torch.cat((x.sin(), x.cos()), -1)[None].expand(shape[0], -1, -1)
+    return torch.cat((rows, columns), -1).flatten(0, 1)[None].to(like.dtype)
+
+
 class AnchorPositions(nn.Module):
     """Positions of queries from what they look around (arXiv 2201.12329): sines of the coordinates, then two linear layers.
 
@@ -106,3 +125,30 @@ class AnchorPositions(nn.Module):
         scaled = places * scale.repeat(*[1] * (scale.ndim - 1), places.shape[-1] // 2)
         order = [1, 0, 2, 3][: places.shape[-1]]
         return sine_embedding(scaled[..., order], self.width // 2).to(cast(nn.Linear, mlp.layers[0]).weight.dtype)
+
+
+class BoxPositions(nn.Module):
+    """Positions of queries from the numbers of their anchors, by two linear layers (RT-DETR, arXiv 2304.08069).
+
+    Args:
+        width: D.
+        limit: positions are kept within plus and minus this; None: they are not (D-FINE keeps 10).
+        num_slots: P; slots have points (x, y) and layers of their own.
+    """
+
+    def __init__(self, width: int, limit: float | None = None, num_slots: int = 0) -> None:
+        super().__init__()
+        self.limit = limit
+        self.anchors = MLP(4, 2 * width, width, 2)
+        self.points = MLP(2, 2 * width, width, 2) if num_slots else None
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+
+    def forward(self, anchors: Tensor, points: Tensor | None, ratios: Tensor) -> Tensor:
+        """Positions (B,Q,1+P,D) of anchors (B,Q,4) and points (B,Q,P,2), all 0..1 of the unpadded image."""
+        dtype = cast(nn.Linear, self.anchors.layers[0]).weight.dtype
+        positions = self.anchors(anchors.to(dtype))[:, :, None]
+        if self.points is not None and points is not None:
+            positions = torch.cat((positions, self.points(points.to(dtype))), 2)
+        return positions if self.limit is None else positions.clamp(-self.limit, self.limit)  # type: ignore[no-any-return]

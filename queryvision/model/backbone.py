@@ -10,7 +10,7 @@ from queryvision.errors import ConfigError, nearest
 from queryvision.model.backbone_base import Backbone, resized_padding
 from queryvision.model.resnet import RESNET_STRIDES, ResNet, resnets
 from queryvision.model.timm_backbone import TimmBackbone
-from queryvision.model.timm_body import create_body, levels_of, pick_levels, prepare
+from queryvision.model.timm_body import VARIANTS, create_body, levels_of, pick_levels, prepare, timm_name
 from queryvision.model.vit import VitBackbone, near_strides
 
 __all__ = ["Backbone", "make_backbone", "resized_padding"]
@@ -27,7 +27,8 @@ def make_backbone(
     """A backbone by its name: torchvision's ResNets, everything else from timm.
 
     Args:
-        name: of the architecture.
+        name: of the architecture; `resnet18vd` and `resnet34vd` are timm's `resnet18d` and `resnet34d` with RT-DETR's further
+            projection; `.unit` behind one of timm's names or these: pixels 0..1 are not normalised any further.
         strides: levels wanted, by stride; a plain ViT gives the nearest it has, see `VitBackbone`.
         frozen_norm: constant batch-norm statistics and untrained batch norm; other norms are always trained.
         dilated: see `ResNet`.
@@ -46,8 +47,8 @@ def make_backbone(
     strides = sorted(strides)
     if name in resnets():
         return _resnet(name, strides, frozen_norm, dilated, 2 if freeze is None else freeze)
-    if not timm.is_model(name):
-        raise ConfigError(f"there is no backbone '{name}'; {nearest(name, {*resnets(), *timm.list_models()})}")
+    if not timm.is_model(timm_name(name)):
+        raise ConfigError(f"there is no backbone '{name}'; {nearest(name, {*resnets(), *VARIANTS, *timm.list_models()})}")
     if dilated:
         raise ConfigError(f"backbone '{name}' cannot be dilated (dc5); take stride 16, or a resnet50")
     body = create_body(name)

@@ -7,18 +7,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from queryvision.head import Feedback
 from queryvision.layers.attention import Attention, FeedForward
-from queryvision.layers.positions import AnchorPositions
+from queryvision.layers.positions import AnchorPositions, BoxPositions
 from queryvision.model.cross_attention import Look
 from queryvision.ops.dropout import dropout
 from queryvision.structures import Memory, Queries, Stage
 
 Ask = Callable[[Stage, Tensor, Tensor, Look], Feedback]
 """(stage, normed states (B,Q,1+P,D), raw states, look) -> what the heads tell the next layer."""
+
+
+class Gate(nn.Module):
+    """Weighs two states against each other, channel by channel (D-FINE's gateway, arXiv 2410.13842); at first by half each.
+
+    Args:
+        width: D.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(2 * width, 2 * width)
+        self.norm = nn.LayerNorm(width)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """(...,D) and (...,D) -> (...,D)."""
+        one, other = self.gate(torch.cat((first, second), -1)).sigmoid().chunk(2, -1)
+        return self.norm(one * first + other * second)  # type: ignore[no-any-return]
 
 
 class DecoderLayer(nn.Module):
@@ -33,17 +55,25 @@ class DecoderLayer(nn.Module):
         ffn_width: channels inside the feed-forward part.
         dropout: everywhere, in training.
         slots: whether queries have slots that must talk to each other.
+        gated: a gate takes the place of add and norm behind the attention to the memory (D-FINE).
     """
 
     def __init__(
-        self, width: int, num_heads: int, cross_attention: nn.Module, ffn_width: int, dropout: float, slots: bool = False
+        self,
+        width: int,
+        num_heads: int,
+        cross_attention: nn.Module,
+        ffn_width: int,
+        dropout: float,
+        slots: bool = False,
+        gated: bool = False,
     ) -> None:
         super().__init__()
         self.self_attn = Attention(width, num_heads, dropout)
         self.cross_attn = cross_attention
         self.ffn = FeedForward(width, ffn_width, dropout)
         self.norm1 = nn.LayerNorm(width)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = Gate(width) if gated else nn.LayerNorm(width)
         self.norm3 = nn.LayerNorm(width)
         self.slot_attn = Attention(width, num_heads, dropout) if slots else None
         self.slot_norm = nn.LayerNorm(width) if slots else None
@@ -56,7 +86,8 @@ class DecoderLayer(nn.Module):
             within = self.slot_norm(within + self._drop(self.slot_attn(placed, placed, within)))
             states = within.view_as(states)
         states = self.norm1(states + self._drop(self._across(states, positions, look.unseen)))
-        states = self.norm2(states + self._drop(self.cross_attn(states, positions, look)))
+        found = self._drop(self.cross_attn(states, positions, look))
+        states = self.norm2(states, found) if isinstance(self.norm2, Gate) else self.norm2(states + found)
         return self.norm3(states + self._drop(self.ffn(states)))  # type: ignore[no-any-return]
 
     def _across(self, states: Tensor, positions: Tensor, unseen: Tensor | None) -> Tensor:
@@ -80,11 +111,16 @@ class Decoder(nn.Module):
         layers: in order.
         norm: applied to what the heads see; the next layer takes the states before it.
         positions: makes positions of anchors and points before every layer, where queries do not bring their own.
-        initial: whether heads are also asked before the first layer (Mask2Former).
+        initial: whether heads are asked once more: before the first layer (Mask2Former), or after it, for a first guess that
+            the first layer's own answer already starts from (D-FINE).
     """
 
     def __init__(
-        self, layers: Sequence[nn.Module], norm: nn.Module, positions: AnchorPositions | None = None, initial: bool = False
+        self,
+        layers: Sequence[nn.Module],
+        norm: nn.Module,
+        positions: AnchorPositions | BoxPositions | None = None,
+        initial: Literal["before", "after"] | None = None,
     ) -> None:
         super().__init__()
         self.initial = initial
@@ -106,11 +142,13 @@ class Decoder(nn.Module):
         """
         look = start(queries, memory, unseen)
         states = normed = queries.states
-        if self.initial:
+        if self.initial == "before":
             look = steer(look, ask(Stage("initial"), self.norm(states), states, look))
         for index, layer in enumerate(self.layers):
             states = layer(states, self._positions(queries, look), look)
             normed = self.norm(states)
+            if self.initial == "after" and index == 0:
+                look = steer(look, ask(Stage("initial"), normed, states, look))
             feedback = ask(Stage("layer", index, last=index == len(self.layers) - 1), normed, states, look)
             look = steer(look, feedback)
         return normed

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from queryvision.layers.attention import Attention, FeedForward
+from queryvision.layers.conv import Activation
 from queryvision.layers.positions import SinePositions
 from queryvision.ops.dropout import dropout
 from queryvision.structures import Features, Memory
@@ -49,12 +50,13 @@ class EncoderLayer(nn.Module):
         num_heads: attention heads.
         ffn_width: channels inside the feed-forward part.
         dropout: everywhere, in training.
+        activation: inside the feed-forward part.
     """
 
-    def __init__(self, width: int, num_heads: int, ffn_width: int, dropout: float) -> None:
+    def __init__(self, width: int, num_heads: int, ffn_width: int, dropout: float, activation: Activation = "relu") -> None:
         super().__init__()
         self.self_attn = Attention(width, num_heads, dropout)
-        self.ffn = FeedForward(width, ffn_width, dropout)
+        self.ffn = FeedForward(width, ffn_width, dropout, activation)
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
         self.dropout = dropout

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from queryvision.layers.conv import ConvNorm
 from queryvision.model.backbone import resized_padding
 from queryvision.structures import Features
 
@@ -16,11 +17,12 @@ class Projection(nn.Module):
     Args:
         channels: C_l of each level of the backbone.
         width: D.
+        norm: with a batch norm behind it, instead of a bias (RT-DETR).
     """
 
-    def __init__(self, channels: Sequence[int], width: int) -> None:
+    def __init__(self, channels: Sequence[int], width: int, norm: bool = False) -> None:
         super().__init__()
-        self.levels = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
+        self.levels = nn.ModuleList(ConvNorm(c, width) if norm else nn.Conv2d(c, width, 1) for c in channels)
 
     def forward(self, features: Features) -> Features:
         """Maps (B,C_l,H_l,W_l) -> (B,D,H_l,W_l); padding as it was."""

@@ -62,6 +62,7 @@ class Panel(nn.ModuleDict):
         look: Look | None,
         previous: Mapping[str, Answer],
         contexts: Mapping[str, Any],
+        earlier: Tensor | None = None,
         only_rank: bool = False,
     ) -> tuple[dict[str, Answer], Feedback]:
         """Asks the heads at one stage.
@@ -76,7 +77,8 @@ class Panel(nn.ModuleDict):
             look: what the layer looked around; None: nothing.
             previous: answers of the stage before.
             contexts: of `prepare`.
-            only_rank: ask only the head that ranks, and those before it.
+            earlier: (B,Q,1+P,D) `normed` of the layer before; None: there was none.
+            only_rank: ask only the head that ranks.
 
         Returns:
             {head: answer} and the feedback of those who steer.
@@ -85,7 +87,9 @@ class Panel(nn.ModuleDict):
         feedback = Feedback()
         points: dict[str, Tensor] = {}
         for name, head in self._asked(stage, only_rank).items():
-            view = self._view(name, stage, normed, raw, look, previous.get(name), answers, contexts.get(name))
+            view = self._view(name, stage, normed, raw, look)
+            view.previous, view.answers, view.context = previous.get(name), dict(answers), contexts.get(name)
+            view.earlier = None if earlier is None else earlier[:, :, 0].detach()
             said = head(view)
             if said is None:
                 continue
@@ -103,8 +107,7 @@ class Panel(nn.ModuleDict):
         if only_rank:
             if self.steering.rank is None:
                 raise ConfigError("queries chosen among proposals need a head that ranks them: name it in the steering")
-            names = list(heads)
-            return {name: heads[name] for name in names[: names.index(self.steering.rank) + 1]}
+            return {self.steering.rank: heads[self.steering.rank]}
         return {n: head for n, head in heads.items() if self.training or stage.last or self._steers(n, stage)}
 
     def rank(self, answers: Mapping[str, Answer]) -> Tensor:
@@ -146,14 +149,11 @@ class Panel(nn.ModuleDict):
         normed: Tensor,
         raw: Tensor,
         look: Look | None,
-        previous: Answer | None,
-        answers: Mapping[str, Answer],
-        context: Any,
     ) -> View:
         span = self._spans[name]
         own = slice(1 + span.start, 1 + span.stop)
         has_slots = span.stop > span.start
-        view = View(normed[:, :, 0], raw[:, :, 0], stage=stage, previous=previous, answers=dict(answers), context=context)
+        view = View(normed[:, :, 0], raw[:, :, 0], stage=stage)
         if has_slots:
             view.slots = normed[:, :, own]
         if look is not None:

@@ -42,8 +42,8 @@ class LearnedStart(nn.Module):
         """The most queries it has a start for."""
         return len(self.states)
 
-    def forward(self, anchors: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Anchors (B,Q,4) -> states (B,Q,1+P,D), no positions."""
+    def forward(self, anchors: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Anchors (B,Q,4) -> states (B,Q,1+P,D), no positions; what was proposed (B,Q,D) does not matter."""
         return self.states[: anchors.shape[1]].expand(len(anchors), -1, -1, -1), None
 
 
@@ -62,11 +62,36 @@ class AnchorStart(nn.Module):
         self.norm = nn.LayerNorm(2 * width)
         nn.init.xavier_uniform_(self.project.weight)
 
-    def forward(self, anchors: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Anchors (B,Q,4) -> states and positions (B,Q,1,D)."""
+    def forward(self, anchors: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Anchors (B,Q,4) -> states and positions (B,Q,1,D); what was proposed (B,Q,D) does not matter."""
         sines = sine_embedding(anchors * 2 * math.pi, self.project.in_features // 4).to(self.project.weight.dtype)
         positions, states = self.norm(self.project(sines))[:, :, None].chunk(2, -1)
         return states, positions
+
+
+class TokenStart(nn.Module):
+    """States are the chosen tokens themselves, detached (RT-DETR, arXiv 2304.08069). The decoder makes the positions.
+
+    Args:
+        width: D.
+        num_slots: P; slots start from learned states.
+    """
+
+    most: int | None = None
+
+    def __init__(self, width: int, num_slots: int = 0) -> None:
+        super().__init__()
+        self.slots = nn.Parameter(torch.randn(num_slots, width)) if num_slots else None
+
+    def forward(self, anchors: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Chosen tokens (B,Q,D), projected and normed -> states (B,Q,1+P,D), no positions."""
+        states = tokens.detach()[:, :, None]
+        if self.slots is not None:
+            states = torch.cat((states, self.slots.to(states.dtype).expand(*tokens.shape[:2], -1, -1)), 2)
+        return states, None
+
+
+Start = LearnedStart | AnchorStart | TokenStart
 
 
 class SelectedQueries(nn.Module):
@@ -75,11 +100,11 @@ class SelectedQueries(nn.Module):
     Args:
         num_queries: Q; fewer where the memory has fewer tokens.
         width: D.
-        start: anchors -> states and positions.
+        start: anchors and chosen tokens -> states and positions.
         teach_all: all tokens are taught as proposals (Deformable DETR), instead of the chosen ones (DINO).
     """
 
-    def __init__(self, num_queries: int, width: int, start: LearnedStart | AnchorStart, teach_all: bool = False) -> None:
+    def __init__(self, num_queries: int, width: int, start: Start, teach_all: bool = False) -> None:
         super().__init__()
         self.num_queries = num_queries
         self.project = nn.Linear(width, width)
@@ -119,8 +144,9 @@ class SelectedQueries(nn.Module):
         if everywhere:
             best = self._best(panel.rank(answers), valid)
             anchors, points = _rows(anchors, best), None if points is None else _rows(points, best)
+            states = _rows(states, best)
         anchors = anchors.detach()
-        begun, positions = self.start(anchors)
+        begun, positions = self.start(anchors, states)
         return Queries(
             begun.to(memory.tokens.dtype),
             (QueryGroup("main", best.shape[1], sees=("main",)),),

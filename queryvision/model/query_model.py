@@ -145,11 +145,15 @@ class QueryModel(nn.Module):
         if self.training and self.denoising is not None and targets is not None:
             queries = self.denoising(queries, targets, self.heads, generators)
         entries: list[Entry] = []
+        states: list[Tensor] = []  # of the layers so far
 
         def ask(stage: Stage, normed: Tensor, raw: Tensor, look: Look) -> Feedback:
             previous: Mapping[str, Answer] = entries[-1][1] if entries else {}
-            answers, feedback = self.heads.answer(stage, normed, raw, look, previous, contexts)
+            earlier = states[-1] if states else None
+            answers, feedback = self.heads.answer(stage, normed, raw, look, previous, contexts, earlier)
             entries.append((stage, answers))
+            if stage.kind == "layer":
+                states.append(normed)
             return feedback
 
         hidden = unseen(queries.groups, len(memory.tokens), memory.tokens.device)

@@ -11,6 +11,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.resnet import downsample_avg
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -19,6 +20,10 @@ from queryvision.model.backbone_base import IMAGENET_MEAN, IMAGENET_STD, check_f
 
 ANY_SIZE: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
 """What makes models accept any image size: ViTs and newer Swins, older Swins; convolutional models need nothing."""
+VARIANTS = {"resnet18vd": "resnet18d", "resnet34vd": "resnet34d"}
+"""timm's ResNets with one thing more: a projection beside the first block, too, as in RT-DETR's R18 and R34."""
+UNIT = "unit"
+"""Tag behind a name: pixels 0..1 are not normalised any further, as published RT-DETR and D-FINE take them."""
 INSTEAD = "resnet50, convnext_tiny, swin_tiny_patch4_window7_224 or vit_small_patch16_224"
 
 
@@ -45,8 +50,22 @@ class Trunk:
     narrow: bool  # see `has_narrow_steps`
 
 
+def timm_name(name: str) -> str:
+    """What timm calls it: without our tag, and without what `VARIANTS` adds."""
+    bare = name.removesuffix(f".{UNIT}")
+    return VARIANTS.get(bare, bare)
+
+
 def create_body(name: str) -> Any:
     """A timm model with random weights, for any image size where timm can make it so."""
+    body = _create(timm_name(name))
+    if name.removesuffix(f".{UNIT}") in VARIANTS:
+        body.layer1[0].downsample = projection = downsample_avg(64, 64, 1)
+        nn.init.kaiming_normal_(projection[1].weight, mode="fan_out", nonlinearity="relu")
+    return body
+
+
+def _create(name: str) -> Any:
     for arguments in ANY_SIZE:
         try:
             return timm.create_model(name, pretrained=False, **arguments)
@@ -88,7 +107,7 @@ def prepare(
     """Prunes, tries, freezes.
 
     Args:
-        name: timm's.
+        name: timm's or one of `VARIANTS`, perhaps with our tag.
         body: timm's model; it is changed.
         levels: all that it has.
         chosen: those to be given out.
@@ -100,7 +119,7 @@ def prepare(
     """
     body.prune_intermediate_layers([level.index for level in chosen], prune_norm=True, prune_head=True)
     kept = levels[: chosen[-1].index + 1]
-    config = timm.get_pretrained_cfg(name)
+    config = timm.get_pretrained_cfg(timm_name(name))
     multiple, maps = _try_sizes(name, body, kept, chosen, config.input_size[-1] if config is not None else 224)
     needed = reached_from([maps[level.index] for level in chosen])
     for parameter in body.parameters():
@@ -119,6 +138,8 @@ def prepare(
     if not narrow:
         body.to(memory_format=torch.channels_last)
     mean, std = (tuple(config.mean), tuple(config.std)) if config is not None else (IMAGENET_MEAN, IMAGENET_STD)
+    if name.endswith(f".{UNIT}"):
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     return Trunk(name, body, tuple(chosen), multiple, mean, std, narrow)
 
 

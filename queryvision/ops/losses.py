@@ -32,19 +32,20 @@ def sigmoid_focal_cost(logits: Tensor, alpha: float = 0.25, gamma: float = 2.0) 
     return positive - negative
 
 
-def quality_focal(logits: Tensor, wanted: Tensor, alpha: float, gamma: float) -> Tensor:
+def quality_focal(logits: Tensor, positive: Tensor, quality: Tensor, alpha: float, gamma: float) -> Tensor:
     """Varifocal loss (arXiv 2008.13367): cross entropy to the quality, shape of `logits`.
 
-    Positives count by their quality, negatives by alpha p^gamma.
+    Positives count by their quality, one of quality 0 not at all (RT-DETR:rtdetrv2_criterion.py); negatives by alpha p^gamma.
 
     Args:
         logits: any shape.
-        wanted: quality of the pair at its class, 0 elsewhere; same shape.
+        positive: 1 at a pair's class, 0 elsewhere; same shape.
+        quality: of the pair at its class, 0 elsewhere; same shape.
         alpha: weight of negatives.
         gamma: how much easy negatives are turned down.
     """
-    weight = torch.where(wanted > 0, wanted, alpha * logits.detach().sigmoid() ** gamma)
-    return F.binary_cross_entropy_with_logits(logits, wanted, reduction="none") * weight
+    weight = torch.where(positive > 0, quality, alpha * logits.detach().sigmoid() ** gamma)
+    return F.binary_cross_entropy_with_logits(logits, quality, reduction="none") * weight
 
 
 def matchability_aware(logits: Tensor, positive: Tensor, quality: Tensor, gamma: float) -> Tensor:

@@ -3,13 +3,14 @@
 Two ways with one result. `grid_sample` holds every sample before their weighted sum: one (B*H,C,Q,K) block a level. On a CPU
 that traffic is most of the time; so there the samples are rows of a table, which `embedding_bag` sums while it reads them.
 
-Legend: B images, N = sum of H_l*W_l values, Q queries, H heads, C channels of a head, L levels, K points, P = L*K samples of
-a sum, S = 4*P table rows of a sum, G = B*Q*H sums, R rows of the table.
+Legend: B images, N = sum of H_l*W_l values, Q queries, H heads, C channels of a head, L levels, K_l points of a level, P =
+their sum, S = 4*P table rows of a sum, G = B*Q*H sums, R rows of the table.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -22,20 +23,22 @@ from torch.jit import is_tracing  # type: ignore[attr-defined]
 Shapes = tuple[tuple[int, int], ...]
 
 
-def sample_levels(values: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
+def sample_levels(values: Tensor, shapes: Shapes, points: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum of the bilinear samples of all levels and points. A map is zero outside.
 
     Args:
         values: (B,N,H,C), the levels behind each other, each row by row; or (B,N,1,C), where all heads look at the same.
         shapes: (H_l,W_l) of each level.
-        locations: (B,Q,H,L,K,2) x y, 0..1 from edge to edge of the level's map. Float32 or wider, whatever the values are.
-        weights: (B,Q,H,L,K), of the type of the locations.
+        points: K_l of each level.
+        locations: (B,Q,H,P,2) x y, 0..1 from edge to edge of the level's map; level by level. Float32 or wider, whatever the
+            values are.
+        weights: (B,Q,H,P), of the type of the locations.
 
     Returns:
         (B,Q,H,C), of the type of the locations, which is the type of the arithmetic too.
     """
     sample = sample_by_rows if gathers_rows(values) else sample_by_grid
-    return sample(values.to(locations.dtype), shapes, locations, weights)
+    return sample(values.to(locations.dtype), shapes, points, locations, weights)
 
 
 def gathers_rows(values: Tensor) -> bool:
@@ -44,22 +47,22 @@ def gathers_rows(values: Tensor) -> bool:
     return values.device.type == "cpu" and not traced
 
 
-def sample_by_grid(values: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
+def sample_by_grid(values: Tensor, shapes: Shapes, points: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
     """`sample_levels` with one `grid_sample` a level."""
     batch, queries, heads = locations.shape[:3]
-    grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)
-    weights = weights.permute(3, 0, 2, 1, 4).flatten(1, 2).unsqueeze(2)
+    grids = torch.split((2 * locations - 1).transpose(1, 2).flatten(0, 1), list(points), 2)
+    by_level = torch.split(weights.transpose(1, 2).flatten(0, 1).unsqueeze(1), list(points), 3)
     per_head = values.expand(-1, -1, heads, -1).permute(0, 2, 3, 1).flatten(0, 1)
     parts = torch.split(per_head, [h * w for h, w in shapes], -1)
     sums = []
-    for shape, part, grid, weight in zip(shapes, parts, grids, weights, strict=True):
+    for shape, part, grid, weight in zip(shapes, parts, grids, by_level, strict=True):
         maps = part.reshape(*part.shape[:2], *shape)
         samples = F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         sums.append((samples * weight).sum(-1))
     return torch.stack(sums).sum(0).view(batch, heads, -1, queries).permute(0, 3, 1, 2)
 
 
-def sample_by_rows(values: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
+def sample_by_rows(values: Tensor, shapes: Shapes, points: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
     """`sample_levels` as weighted sums of table rows.
 
     All levels lie below each other on one canvas, each with a border of zeros. So no sample needs a mask, and the four corners
@@ -72,14 +75,14 @@ def sample_by_rows(values: Tensor, shapes: Shapes, locations: Tensor, weights: T
     canvas = torch.cat([_bordered(part, shape, stride) for part, shape in zip(parts, shapes, strict=True)], 1)
     cells = canvas.shape[1]
 
-    cell, x, y = _cells(locations, shapes, stride)
+    cell, x, y = _cells(locations, shapes, points, stride)
     cell = cell.clamp_(0, cells - stride - 2)  # a location that is no number lands somewhere, and its weight is none either
     first = torch.arange(0, batch * cells, cells, dtype=torch.int32, device=cell.device).view(-1, 1, 1, 1)
     head = torch.arange(table_heads, dtype=torch.int32, device=cell.device).unsqueeze(-1)
     row = (first + cell) * table_heads + head
 
-    right = weights.flatten(3) * x
-    left = weights.flatten(3) - right
+    right = weights * x
+    left = weights - right
     lower_right, lower_left = right * y, left * y
     corner_weights = torch.cat((left - lower_left, right - lower_right, lower_left, lower_right), -1)
     corner_rows = torch.cat([row + step * table_heads for step in (0, 1, stride, stride + 1)], -1)
@@ -93,13 +96,12 @@ def _bordered(part: Tensor, shape: tuple[int, int], stride: int) -> Tensor:
     return F.pad(part.view(len(part), *shape, -1), (0, 0, 1, stride - 1 - shape[1], 1, 1)).flatten(1, 2)
 
 
-def _cells(locations: Tensor, shapes: Shapes, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+def _cells(locations: Tensor, shapes: Shapes, points: Sequence[int], stride: int) -> tuple[Tensor, Tensor, Tensor]:
     """Upper left corner on the canvas (int32) and the place x y in its cell, 0..1: (B,Q,H,P) each."""
-    points = locations.shape[-2]
     tops = accumulate((h + 2 for h, _ in shapes[:-1]), initial=1)
-    numbers = [(w, h, stride * top + 1) for top, (h, w) in zip(tops, shapes, strict=True) for _ in range(points)]
+    numbers = [(w, h, stride * top + 1) for top, (h, w), k in zip(tops, shapes, points, strict=True) for _ in range(k)]
     width, height, origin = locations.new_tensor(numbers).unbind(-1)
-    x, y = locations.flatten(3, 4).unbind(-1)
+    x, y = locations.unbind(-1)
     outside = torch.full_like(width, -1.0)
     x, y = (x * width - 0.5).clamp(outside, width), (y * height - 0.5).clamp(outside, height)
     with torch.no_grad():

@@ -7,9 +7,15 @@ from queryvision.tasks.detection.models import (
     detr_r50,
     detr_r101,
     detr_small,
+    dfine_l,
+    dfine_m,
+    dfine_s,
+    dfine_small,
     dino_r50,
     dino_small,
     dino_vit,
+    rtdetrv2_r18,
+    rtdetrv2_r50,
 )
 from queryvision.tasks.detection.task import TASK
 
@@ -21,7 +27,13 @@ __all__ = [
     "detr_r50",
     "detr_r101",
     "detr_small",
+    "dfine_l",
+    "dfine_m",
+    "dfine_s",
+    "dfine_small",
     "dino_r50",
     "dino_small",
     "dino_vit",
+    "rtdetrv2_r18",
+    "rtdetrv2_r50",
 ]

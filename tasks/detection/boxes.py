@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar, cast
 
 import torch
@@ -28,12 +29,15 @@ from queryvision.ops.boxes import (
 )
 from queryvision.ops.noise import uniform
 from queryvision.structures import Answer, Facts, Match, Picks, Round, Targets
+from queryvision.tasks.detection.edges import Edges, of_this_batch
 
 
 class BoxHead(Head):
     """Three linear layers to a box; L1 and generalised IoU in matching and loss (arXiv 2005.12872).
 
-    Where the layer looked around an anchor, the layers predict the change of the anchor's logits (arXiv 2010.04159).
+    Where the layer looked around an anchor, the layers predict the change of the anchor's logits (arXiv 2010.04159). Where the
+    architecture refines distributions (`Fit.distributions`), each layer predicts the edges as such (D-FINE, arXiv 2410.13842):
+    `fgl` draws them to the two bins around the target, `ddf` to the last layer's, and pairs are those that any layer found.
 
     Args:
         fit: D, or all that it must fit.
@@ -44,6 +48,12 @@ class BoxHead(Head):
         ignore_share: a box with at least this share of its area in one ignore region is not taught as background.
         box_noise: denoising queries: how far a corner may move, as a share of half the size; up to twice that for queries that
             must learn to say no (arXiv 2203.03605).
+        fgl: with distributions: weight of the fine-grained localisation loss `fgl`.
+        ddf: with distributions: weight of the distillation from the last layer `ddf`. A mean over queries, it is made per
+            micro-batch.
+        bins: with distributions: how many, even.
+        bound: with distributions: how far an edge may move, as a share of the box; the outermost bins say twice that.
+        scale: with distributions: larger means bins that lie more evenly.
 
     Raises:
         ConfigError: a number is out of range.
@@ -54,6 +64,13 @@ class BoxHead(Head):
         "detr": {"bbox_embed.": "mlp.layers.0."},
         "deformable_detr": {"bbox_embed.": "mlp.layers.", "transformer.enc_out_bbox_embed.": "mlp.proposals."},
         "dino": {"bbox_embed.": "mlp.layers.", "transformer.enc_out_bbox_embed.": "mlp.proposals."},
+        "rtdetrv2": {"model.decoder.bbox_embed.": "mlp.layers.", "model.enc_bbox_head.": "mlp.proposals."},
+        "dfine": {
+            "model.decoder.bbox_embed.": "edges.layers.",
+            "model.decoder.lqe_layers.": "edges.judges.",
+            "model.decoder.pre_bbox_head.": "mlp.layers.0.",
+            "model.enc_bbox_head.": "mlp.proposals.",
+        },
     }
 
     def __init__(
@@ -66,16 +83,26 @@ class BoxHead(Head):
         giou: float = 2.0,
         ignore_share: float = 0.5,
         box_noise: float = 0.4,
+        fgl: float = 0.15,
+        ddf: float = 1.5,
+        bins: int = 32,
+        bound: float = 0.5,
+        scale: float = 4.0,
     ) -> None:
         super().__init__()
         check_range("heads.boxes", 0, 1, ignore_share=ignore_share)
         check_range("heads.boxes", 0, math.inf, l1_cost=l1_cost, giou_cost=giou_cost, l1=l1, giou=giou, box_noise=box_noise)
+        check_range("heads.boxes", 0, math.inf, fgl=fgl, ddf=ddf)
         self.fit = Fit.of(fit)
-        self.mlp = PerStage(self._mlp, self.fit)
+        self.edges: Edges | None = None
+        if self.fit.distributions:  # the layers' own; what is left is for proposals and the first guess
+            self.edges = Edges(self.fit, bins, bound, scale)
+            self.matched_by = "union"
+        self.mlp = PerStage(self._mlp, replace(self.fit, num_layers=1) if self.edges else self.fit)
         if self.fit.anchors == 2:  # the size is not an anchor's: the first layer starts from small boxes
             nn.init.constant_(cast(MLP, self.mlp.layers[0]).last.bias[2:], -2.0)
         self.l1_cost, self.giou_cost = l1_cost, giou_cost
-        self.weights = {"l1": l1, "giou": giou}
+        self.weights = {"l1": l1, "giou": giou, **({"fgl": fgl, "ddf": ddf} if self.edges else {})}
         self.ignore_share = ignore_share
         self.box_noise = box_noise
 
@@ -87,7 +114,9 @@ class BoxHead(Head):
         return mlp
 
     def forward(self, view: View) -> Answer:
-        """{"boxes": (B,Q,4)}, in float32 under any precision."""
+        """{"boxes": (B,Q,4)}, in float32 under any precision; of a distribution's layer also what `Edges` says."""
+        if self.edges is not None and view.stage.kind == "layer":
+            return self.edges(view)  # type: ignore[no-any-return]
         return {"boxes": self._moved(view.base if self.fit.look_twice else view.anchors, view.state, view)}
 
     def feedback(self, answer: Answer, view: View) -> Feedback:
@@ -143,16 +172,34 @@ class BoxHead(Head):
         return covered_share(boxes, cxcywh_to_xyxy(targets.ignore_boxes)) > self.ignore_share
 
     def loss(self, round: Round, match: Match, targets: Targets, facts: Facts) -> dict[str, Tensor]:
-        """{"l1": (S,), "giou": (S,)}."""
-        found, wanted = match.predicted(round.answers[self.name]["boxes"]), match.wanted(targets["boxes"])
-        known = match.wanted(targets.has["boxes"]) / facts.normaliser
+        """{"l1": (S,), "giou": (S,)}, with distributions also "fgl" and "ddf"."""
+        answer, wanted = round.answers[self.name], match.wanted(targets["boxes"])
+        found = match.predicted(answer["boxes"])
+        share = 1.0 if self.edges is None else of_this_batch(match, targets, round)
+        known = match.wanted(targets.has["boxes"]) * (share / facts.normaliser)
         l1 = (found - wanted).abs().sum(-1)
         giou = 1 - generalized_box_iou(cxcywh_to_xyxy(found), cxcywh_to_xyxy(wanted))
-        return {"l1": match.sum_per_stage(l1 * known), "giou": match.sum_per_stage(giou * known)}
+        terms = {"l1": match.sum_per_stage(l1 * known), "giou": match.sum_per_stage(giou * known)}
+        if self.edges is None:
+            return terms
+        if "corners" not in answer:
+            return {**terms, "fgl": torch.zeros_like(terms["l1"]), "ddf": torch.zeros_like(terms["l1"])}
+        iou = self.quality(round, match, targets)[0].detach()
+        fgl = self.edges.localisation(answer, match, wanted, iou * known)
+        teacher, sure = round.final[self.name], _confidence(round)
+        ddf = self.edges.self_distillation(round, answer, teacher, sure, match, iou, facts.main_share)
+        return {**terms, "fgl": fgl, "ddf": ddf * (self.count(targets, 0, round.repeats) / facts.normaliser)}
 
     def decode(self, round: Round, picks: Picks, sizes: Tensor) -> dict[str, Tensor]:
         """{"boxes": (B,k,4)} x1 y1 x2 y2 in pixels of the original image."""
-        boxes = cxcywh_to_xyxy(round.answers[self.name]["boxes"][0].float())
+        boxes = round.answers[self.name]["boxes"][0].float()
+        boxes = cxcywh_to_xyxy(torch.cat((boxes[..., :2], boxes[..., 2:].clamp(min=0)), -1))
         boxes = boxes.gather(1, picks.queries[..., None].expand(-1, -1, 4))
         scale = sizes.flip(-1).repeat(1, 2)[:, None].to(boxes)
         return {"boxes": boxes * scale}
+
+
+def _confidence(round: Round) -> Tensor:
+    """The last stage's highest class probability (B,Q), whichever head has logits; 1 where none has."""
+    logits = next((answer["logits"] for answer in round.final.values() if "logits" in answer), None)
+    return torch.ones(round.shape[1:], device=round.device) if logits is None else logits.detach().sigmoid().amax(-1)

@@ -22,6 +22,12 @@ from queryvision.structures import Answer, Facts, Match, Picks, Round, Targets
 
 EXPONENTS = {"focal": 2.0, "varifocal": 2.0, "mal": 1.5}
 """The published gamma of each loss."""
+HYBRID = {
+    "model.decoder.class_embed.": "linear.layers.",
+    "model.enc_score_head.": "linear.proposals.",
+    "model.denoising_class_embed.": "embedding.",
+}
+"""Prefixes of its parameters in RT-DETR's and D-FINE's checkpoints, and its own."""
 
 
 class LabelHead(Head):
@@ -55,6 +61,8 @@ class LabelHead(Head):
             "transformer.enc_out_class_embed.": "linear.proposals.",
             "label_enc.": "embedding.",
         },
+        "rtdetrv2": HYBRID,
+        "dfine": HYBRID,
     }
     class_rows = (r"linear\..*\.(weight|bias)", r"embedding\.weight")
 
@@ -102,7 +110,11 @@ class LabelHead(Head):
 
     def forward(self, view: View) -> Answer:
         """{"logits": (B,Q,C), or (B,Q,C+1) with softmax}; C is 1 where proposals only tell object from no object."""
-        return {"logits": self.linear.at(view.stage)(view.state)}
+        logits = self.linear.at(view.stage)(view.state)
+        for other in view.answers.values():  # of heads that judge their own answer (D-FINE's location quality estimate)
+            if "confidence" in other:
+                logits = logits + other["confidence"]
+        return {"logits": logits}
 
     def rank(self, answer: Answer) -> Tensor:
         """The best class logit of each proposal, (B,N)."""
@@ -159,7 +171,7 @@ class LabelHead(Head):
         quality = torch.zeros_like(logits)
         quality[pairs] = facts.quality.clamp(0.0, 1.0)
         if self.kind == "varifocal":
-            return quality_focal(logits, quality, 1 - self.alpha, self.gamma)
+            return quality_focal(logits, wanted, quality, 1 - self.alpha, self.gamma)
         return matchability_aware(logits, wanted, quality, self.gamma)
 
     def _labels(self, round: Round, targets: Targets) -> Tensor:

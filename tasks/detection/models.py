@@ -52,8 +52,38 @@ def dino_small(num_classes: int, **arguments: Any) -> QueryModel:
     return builders.dino_small(_heads(num_classes, loss="mal"), STEERING, **arguments)
 
 
-def _heads(num_classes: int, **labels: Any) -> HeadParts:
+def rtdetrv2_r18(num_classes: int, **arguments: Any) -> QueryModel:
+    """RT-DETRv2-S for boxes."""
+    return builders.rtdetrv2_r18(_heads(num_classes, 1.0, loss="varifocal"), STEERING, **arguments)
+
+
+def rtdetrv2_r50(num_classes: int, **arguments: Any) -> QueryModel:
+    """RT-DETRv2-L for boxes."""
+    return builders.rtdetrv2_r50(_heads(num_classes, 1.0, loss="varifocal"), STEERING, **arguments)
+
+
+def dfine_s(num_classes: int, **arguments: Any) -> QueryModel:
+    """D-FINE-S for boxes."""
+    return builders.dfine_s(_heads(num_classes, 1.0, loss="varifocal"), STEERING, **arguments)
+
+
+def dfine_m(num_classes: int, **arguments: Any) -> QueryModel:
+    """D-FINE-M for boxes."""
+    return builders.dfine_m(_heads(num_classes, 1.0, loss="varifocal"), STEERING, **arguments)
+
+
+def dfine_l(num_classes: int, **arguments: Any) -> QueryModel:
+    """D-FINE-L for boxes."""
+    return builders.dfine_l(_heads(num_classes, 1.0, loss="varifocal"), STEERING, **arguments)
+
+
+def dfine_small(num_classes: int, **arguments: Any) -> QueryModel:
+    """A D-FINE for laptops, with labels taught as high as their boxes are good (MAL)."""
+    return builders.dfine_small(_heads(num_classes, 1.0, loss="mal"), STEERING, **arguments)
+
+
+def _heads(num_classes: int, box_noise: float = 0.4, **labels: Any) -> HeadParts:
     def make(fit: Fit) -> list[Head]:
-        return [LabelHead(fit, num_classes, **labels), BoxHead(fit)]
+        return [LabelHead(fit, num_classes, **labels), BoxHead(fit, box_noise=box_noise)]
 
     return make

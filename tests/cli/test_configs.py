@@ -17,7 +17,7 @@ from queryvision.criterion import Criterion
 from queryvision.data.loader import BatchPlan, train_loader
 from queryvision.data.transforms import training_transform
 from queryvision.model.backbone import Backbone, make_backbone
-from queryvision.model.builders import contrastive, deformable, dense
+from queryvision.model.builders import contrastive, deformable, dense, distributional, hybrid
 from queryvision.splits import open_splits
 from queryvision.task import resolve_task
 
@@ -37,11 +37,11 @@ def small_backbones(monkeypatch: pytest.MonkeyPatch) -> None:
     """The smallest member of each configuration's family of backbones, where it can be had."""
 
     def small(name: str, strides: Any, frozen_norm: bool = True, dilated: bool = False, *rest: Any) -> Backbone:
-        name = name if dilated else {"resnet50": "resnet18", "resnet101": "resnet34"}.get(name, name)
-        name = name.split(".")[0].replace("vit_base", "vit_tiny")
+        name = name if dilated else {"resnet50": "resnet18", "resnet101": "resnet34", "resnet50d": "resnet18d"}.get(name, name)
+        name = name.split(".")[0].replace("vit_base", "vit_tiny").replace("_b4", "_b0").replace("_b2", "_b0")
         return make_backbone(name, strides, frozen_norm, dilated, *rest)
 
-    for module in (dense, deformable, contrastive):
+    for module in (dense, deformable, contrastive, distributional, hybrid):
         monkeypatch.setattr(module, "make_backbone", small)
 
 

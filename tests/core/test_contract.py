@@ -222,7 +222,7 @@ def test_a_head_silent_in_the_middle() -> None:
 
 
 def test_heads_may_be_asked_before_the_first_layer() -> None:
-    model = tiny_model(detection_heads(), initial=True).train()
+    model = tiny_model(detection_heads(), initial="before").train()
     (round,) = model(images()).rounds
     assert [s.kind for s in round.stages] == ["initial", "layer", "layer"]
     assert [s.last for s in round.stages] == [False, False, True]

@@ -142,11 +142,11 @@ def test_half_a_pixel_beyond_the_edge_there_is_nothing(sample: Callable[..., Ten
     """On every side and in the corners; on the last map, too, behind which no other lies."""
     width, height = 4, 3
     x, y = (torch.tensor([-beyond, size / 2, size + beyond]) / size for size in (width, height))
-    around = torch.cartesian_prod(x, y)[[0, 1, 2, 3, 5, 6, 7, 8]].view(1, 8, 1, 1, 1, 2)
+    around = torch.cartesian_prod(x, y)[[0, 1, 2, 3, 5, 6, 7, 8]].view(1, 8, 1, 1, 2)
     for shapes in (((height, width),), ((height, width), (height, width))):
         levels = len(shapes)
-        values, weights = torch.ones(1, 12 * levels, 1, 2), torch.ones(1, 8, 1, levels, 1)
-        found = sample(values, shapes, around.expand(1, 8, 1, levels, 1, 2), weights)
+        values, weights = torch.ones(1, 12 * levels, 1, 2), torch.ones(1, 8, 1, levels)
+        found = sample(values, shapes, (1,) * levels, around.expand(1, 8, 1, levels, 2), weights)
         torch.testing.assert_close(found, torch.zeros(1, 8, 1, 2), atol=1e-6, rtol=0)
 
 
@@ -216,9 +216,9 @@ def test_gradients_are_those_of_finite_differences(sample: Callable[..., Tensor]
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
-    values, locations, weights = uniform(2, 8, table_heads, 3), 1.6 * uniform(2, 3, 2, 2, 2, 2) - 0.3, uniform(2, 3, 2, 2, 2)
+    values, locations, weights = uniform(2, 8, table_heads, 3), 1.6 * uniform(2, 3, 2, 3, 2) - 0.3, uniform(2, 3, 2, 3)
     arguments = tuple(x.requires_grad_() for x in (values, locations, weights))
-    assert torch.autograd.gradcheck(lambda v, at, w: sample(v, shapes, at, w), arguments)
+    assert torch.autograd.gradcheck(lambda v, at, w: sample(v, shapes, (2, 1), at, w), arguments)
 
 
 def test_what_does_not_fit_is_an_error() -> None:

@@ -12,6 +12,8 @@ from queryvision.model.builders.checks import HeadParts
 from queryvision.model.builders.contrastive import dino, dino_r50, dino_small, dino_vit
 from queryvision.model.builders.deformable import deformable_detr, deformable_detr_r50
 from queryvision.model.builders.dense import detr, detr_r50, detr_r101, detr_small
+from queryvision.model.builders.distributional import dfine, dfine_l, dfine_m, dfine_s, dfine_small
+from queryvision.model.builders.hybrid import rtdetrv2, rtdetrv2_r18, rtdetrv2_r50
 from queryvision.model.query_model import QueryModel
 
 BUILDERS: tuple[Callable[..., QueryModel], ...] = (
@@ -25,6 +27,14 @@ BUILDERS: tuple[Callable[..., QueryModel], ...] = (
     dino_r50,
     dino_vit,
     dino_small,
+    rtdetrv2,
+    rtdetrv2_r18,
+    rtdetrv2_r50,
+    dfine,
+    dfine_s,
+    dfine_m,
+    dfine_l,
+    dfine_small,
 )
 
 __all__ = [
@@ -37,10 +47,18 @@ __all__ = [
     "detr_r50",
     "detr_r101",
     "detr_small",
+    "dfine",
+    "dfine_l",
+    "dfine_m",
+    "dfine_s",
+    "dfine_small",
     "dino",
     "dino_r50",
     "dino_small",
     "dino_vit",
+    "rtdetrv2",
+    "rtdetrv2_r18",
+    "rtdetrv2_r50",
 ]
 
 

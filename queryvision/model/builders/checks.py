@@ -24,13 +24,18 @@ def check_at_least(least: int, **given: int) -> None:
             raise ConfigError(f"model.{name} = {value}: at least {least} is needed")
 
 
-def check_sizes(width: int, num_heads: int, dropout: float) -> None:
+def ordered(heads: Sequence[Head], first: str | None) -> list[Head]:
+    """The heads, that of the name `first` in front."""
+    return sorted(heads, key=lambda head: head.name != first)
+
+
+def check_sizes(width: int, num_heads: int, dropout: float, name: str = "width") -> None:
     """Raises a ConfigError where attention heads or sine positions do not fit the width."""
-    check_at_least(1, width=width, num_heads=num_heads)
+    check_at_least(1, **{name: width, "num_heads": num_heads})
     if width % 4:
-        raise ConfigError(f"model.width = {width}: must be divisible by 4, for the sine positions")
+        raise ConfigError(f"model.{name} = {width}: must be divisible by 4, for the sine positions")
     if width % num_heads:
-        raise ConfigError(f"model.width = {width}: is not divisible by model.num_heads = {num_heads}")
+        raise ConfigError(f"model.{name} = {width}: is not divisible by model.num_heads = {num_heads}")
     if not 0 <= dropout < 1:
         raise ConfigError(f"model.dropout = {dropout}: must be at least 0 and below 1")
 
@@ -45,3 +50,18 @@ def check_levels(strides: Sequence[int], num_levels: int, width: int, proposals:
         raise ConfigError(f"model.num_levels = {num_levels}: proposals have at most 5 levels, their boxes double at each")
     if width % 32:
         raise ConfigError(f"model.width = {width}: must be divisible by 32, the groups of the neck's norm")
+
+
+def check_doubling(strides: Sequence[int], num_points: Sequence[int] | None = None) -> None:
+    """Raises a ConfigError where levels cannot be fused, or points do not fit them."""
+    if (
+        not strides
+        or len(strides) > 5
+        or min(strides) < 1
+        or any(b != 2 * a for a, b in zip(strides[:-1], strides[1:], strict=True))
+    ):
+        raise ConfigError(f"model.strides = {list(strides)}: one to five, finest first, each twice the one before")
+    if num_points is not None and (len(num_points) != len(strides) or min(num_points) < 1):
+        raise ConfigError(
+            f"model.num_points = {list(num_points)}: one number for each of the {len(strides)} levels, at least 1"
+        )
