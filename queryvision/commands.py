@@ -202,7 +202,8 @@ def convert(source: str | Path, family: str, output: str | Path, *, dc5: bool | 
     found = reader.read(str(source)) if dc5 is None else reader.read(str(source), dc5)
     task = resolve_task(reader.TASK)
     preset = load_config(reader.TASK, found["config"])
-    config = resolve(preset.model_copy(update={"model": found["model"]}), task)
+    heads = {name: {**preset.heads.get(name, {}), **given} for name, given in found.get("heads", {}).items()}
+    config = resolve(preset.model_copy(update={"model": found["model"], "heads": {**preset.heads, **heads}}), task)
     model = build_model(config, task, found["classes"])
     fill(model, reader.rename(found["state"], model.heads.heads()))
     content = {**header(config, task, found["classes"]), "model": model.state_dict(), "step": 0, "metrics": {}}

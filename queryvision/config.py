@@ -55,7 +55,7 @@ class DataSettings(Settings):
             ConfigError: it is still to be chosen from data.
         """
         if self.image_size == "auto":
-            raise ConfigError("data.image_size = auto is chosen when a training starts; give a number, such as --image-size 256")
+            raise ConfigError("data.image_size = auto is chosen when a training starts; give a number: --image-size 256")
         return self.image_size
 
 

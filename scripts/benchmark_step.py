@@ -3,13 +3,13 @@
     python scripts/benchmark_step.py --peer transformers [--model detr deformable dino rtdetrv2 dfine]
                                      [--only training inference assignment memory laptop] [--rounds 7]
 
-Models: `rtdetrv2` has a ResNet-18 and `dfine` an HGNetv2-B0, the others a ResNet-50. `detr`; `deformable` is the two-stage Deformable DETR; `dino` has 900 queries and feed-forward
-parts of 2048, and its peer is a two-stage Deformable DETR of the same sizes (without denoising queries, which `transformers`
-does not have: the figure `same work` leaves them out of ours, too).
+Models: `rtdetrv2` has a ResNet-18 and `dfine` an HGNetv2-B0, the others a ResNet-50. `deformable` is the two-stage Deformable
+DETR; `dino` has 900 queries and feed-forward parts of 2048, and its peer is a two-stage Deformable DETR of the same sizes
+(without denoising queries, which `transformers` does not have: the figure `same work` leaves them out of ours, too).
 Training step: forward, loss, backward, AdamW, at 2x480x640. Inference: 1x800x1066, of the last two 1x640x640; `laptop` adds the
-default model of `qv train` at that size beside both peers. Assignment: costs and matching of 6 layers x
-16 images x 100 queries x 20 targets against the published way (a matrix over all images, layer by layer). Peak memory is that
-of a process of its own which does three training steps. Needs the test extra.
+default model of `qv train` at that size beside both peers. Assignment: costs and matching of 6 layers x 16 images x 100 queries
+x 20 targets against the published way (a matrix over all images, layer by layer). Peak memory is that of a process of its own
+which does three training steps. Needs the test extra.
 """
 
 from __future__ import annotations

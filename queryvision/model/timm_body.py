@@ -60,7 +60,8 @@ def create_body(name: str) -> Any:
     """A timm model with random weights, for any image size where timm can make it so."""
     body = _create(timm_name(name))
     if name.removesuffix(f".{UNIT}") in VARIANTS:
-        body.layer1[0].downsample = projection = downsample_avg(64, 64, 1)
+        projection: Any = downsample_avg(64, 64, 1)
+        body.layer1[0].downsample = projection
         nn.init.kaiming_normal_(projection[1].weight, mode="fan_out", nonlinearity="relu")
     return body
 

@@ -11,10 +11,13 @@ FAMILIES = {
     "detr": "queryvision.weights.detr",
     "deformable-detr": "queryvision.weights.deformable_detr",
     "dino": "queryvision.weights.dino",
+    "rtdetrv2": "queryvision.weights.rtdetrv2",
+    "dfine": "queryvision.weights.dfine",
 }
 """Families of published checkpoints and their readers: modules with `TASK`, `read` and `rename`, imported when they are needed.
 
-`read(source)` gives {"state", "model", "classes", "config": name of the preset}, `rename(state, heads)` our names and shapes.
+`read(source)` gives {"state", "model", "classes", "config": name of the preset}, and perhaps "heads": {head: settings} that
+take the place of the preset's. `rename(state, heads)` gives our names and shapes.
 """
 
 

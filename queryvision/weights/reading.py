@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from queryvision.data.classes import ClassMap
@@ -41,6 +47,52 @@ def open_state(source: str, names: Sequence[str] = ("model",)) -> dict[str, Tens
     return {}
 
 
+def open_safetensors(source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file of `transformers`, and the settings in the `config.json` beside it.
+
+    Args:
+        source: path or URL of the file, or the folder that holds its `model.safetensors`.
+
+    Returns:
+        {name: tensor}, and the settings; none where there is no such file.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or is something else.
+    """
+    beside, query, rest = source.partition("?")
+    if Path(source).is_dir():
+        path, settings = Path(source) / "model.safetensors", Path(source) / "config.json"
+    else:
+        path = fetch(source, own_folder=True)
+        settings = _optional(f"{beside.rpartition('/')[0] or '.'}/config.json{query}{rest}")
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}")
+    try:
+        return load_file(path), _settings(settings)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({str(error).splitlines()[0]})") from error
+
+
+def _optional(source: str) -> Path:
+    """Like `fetch`, but a server that does not have the file is no error; the path does not exist then."""
+    try:
+        return fetch(source, own_folder=True)
+    except CheckpointError as error:
+        if isinstance(error.__cause__, HTTPError) and error.__cause__.code == 404:
+            return Path("none/config.json")
+        raise
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds no settings of a model")
+    return content
+
+
 def check_resnet50(source: str, state: Mapping[str, Tensor]) -> None:
     """Raises a CheckpointError where the backbone is not torchvision's ResNet-50."""
     backbone = [key.removeprefix("backbone.0.") for key in state if key.startswith("backbone.0.")]
@@ -55,6 +107,41 @@ def check_resnet50(source: str, state: Mapping[str, Tensor]) -> None:
 def class_map(rows: int) -> ClassMap:
     """COCO's sparse ids 0..90 for a published classifier, plain numbers for somebody's fine-tuned one."""
     names = [COCO_NAMES.get(i, f"unused {i}") if rows == 91 else f"class {i}" for i in range(rows)]
+    return ClassMap(tuple(range(rows)), tuple(names), (True,) * rows)
+
+
+ALIASES = {
+    "motorbike": "motorcycle",
+    "aeroplane": "airplane",
+    "sofa": "couch",
+    "pottedplant": "potted plant",
+    "diningtable": "dining table",
+    "tvmonitor": "tv",
+}
+"""COCO's categories as some published settings call them."""
+
+
+def classes_of(rows: int, settings: Mapping[str, Any], source: str) -> ClassMap:
+    """Classes of a classifier with a row each: COCO's 80 under their own ids, others as the settings name them.
+
+    Args:
+        rows: how many there are.
+        settings: `id2label` is looked for; without it, or with stand-ins only, 80 rows are taken for COCO's.
+        source: for errors.
+
+    Raises:
+        CheckpointError: the settings name another number of classes.
+    """
+    given = settings.get("id2label") or {}
+    if not given or all(name == f"LABEL_{index}" for index, name in given.items()):
+        names = list(COCO_NAMES.values()) if rows == 80 else [f"class {i}" for i in range(rows)]
+    elif set(given) == {str(index) for index in range(rows)}:
+        names = [str(given[str(index)]) for index in range(rows)]
+    else:
+        raise CheckpointError(f"{source}: has {rows} classes, the config.json beside it names {len(given)}")
+    if [ALIASES.get(name, name) for name in names] == list(COCO_NAMES.values()):
+        return ClassMap(tuple(COCO_NAMES), tuple(COCO_NAMES.values()), (True,) * rows)
+    names = [name if names.count(name) == 1 else f"{name} ({index})" for index, name in enumerate(names)]
     return ClassMap(tuple(range(rows)), tuple(names), (True,) * rows)
 
 

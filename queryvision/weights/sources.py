@@ -136,8 +136,12 @@ def packaged_efficientnet_lite0() -> dict[str, Tensor]:
     return dict(zip(ours, theirs.values(), strict=True))
 
 
-def fetch(source: str) -> Path:
+def fetch(source: str, own_folder: bool = False) -> Path:
     """A path as it is; a URL downloaded once into torch's cache, its hash checked where the name carries one.
+
+    Args:
+        source: path or URL.
+        own_folder: files of one web folder get a folder of their own, so that they may be called what others are.
 
     Raises:
         CheckpointError: it cannot be fetched, or the hash is wrong.
@@ -146,9 +150,12 @@ def fetch(source: str) -> Path:
         return Path(source)
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     try:
-        name = urlsplit(source).path.rsplit("/", 1)[-1]
+        parts = urlsplit(source)
     except ValueError as error:
         raise CheckpointError(f"{source}: is no URL ({error})") from error
+    where, _, name = parts.path.rpartition("/")
+    if own_folder:
+        folder = folder / hashlib.sha256(f"{parts.netloc}{where}".encode()).hexdigest()[:16]
     if not name:
         raise CheckpointError(f"{source}: this URL names no file")
     path = folder / name

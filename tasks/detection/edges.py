@@ -5,6 +5,8 @@ Legend: B images, Q queries, S stages, D width, R + 1 bins. Boxes are (cx, cy, w
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -71,7 +73,7 @@ class Edges(nn.Module):
         if "corners" in before:
             corners, reference = corners + before["corners"], before["reference"]
         assert reference is not None, "edges are refined from a box, and these queries have none"
-        boxes = edges_to_boxes(reference, expected_value(corners, self.values), self.scale)
+        boxes = edges_to_boxes(reference, expected_value(corners, self.values.to(corners.dtype)), self.scale)
         answer = {"boxes": boxes, "corners": corners, "reference": reference}
         if self.training or view.stage.last:
             answer["confidence"] = self._judge(corners, index)
@@ -81,7 +83,8 @@ class Edges(nn.Module):
         """How sure the edges are, as a logit (B,Q,1): from the highest probabilities of each and their mean."""
         highest = corners.softmax(-1).topk(MOST_LIKELY, -1).values
         seen = torch.cat((highest, highest.mean(-1, keepdim=True)), -1).flatten(-2)
-        return self.judges[index](seen)  # type: ignore[no-any-return]
+        judge = cast(MLP, self.judges[index])
+        return judge(seen.to(judge.last.weight.dtype))  # type: ignore[no-any-return]
 
     def localisation(self, answer: Answer, match: Match, wanted: Tensor, weight: Tensor) -> Tensor:
         """Fine-grained localisation loss of all stages: cross entropy of each edge of the pairs, summed.

@@ -152,6 +152,35 @@ def test_a_copy_is_whole_and_apart() -> None:
         assert torch.equal(other(images()).maps[0], before) and not backbone(images()).maps[0].any()
 
 
+# ---------------------------------------------------------------------------------------------------- RT-DETR's
+@pytest.mark.parametrize(("name", "timms", "channels"), [("resnet18vd", "resnet18d", 64), ("resnet34vd", "resnet34d", 64)])
+def test_vd_is_timms_with_a_projection_beside_the_first_block(name: str, timms: str, channels: int) -> None:
+    torch.manual_seed(0)
+    backbone = make_backbone(name, LEVELS, frozen_norm=False)
+    more = {f"layer1.0.downsample.{key}" for key in ("1.weight", "2.weight", "2.bias", "2.running_mean", "2.running_var")}
+    theirs = {k for k in timm.create_model(timms).state_dict() if not k.startswith("fc.")}
+    assert {k for k in backbone.body.state_dict() if not k.endswith("downsample.2.num_batches_tracked")} == more | {
+        k for k in theirs if not k.endswith("downsample.2.num_batches_tracked")
+    }
+    assert (backbone.name, backbone.strides, backbone.channels) == (name, LEVELS, (2 * channels, 4 * channels, 8 * channels))
+    backbone.train()(images()).maps[0].sum().backward()
+    projection = backbone.body.layer1[0].downsample
+    assert projection[1].weight.grad.any() and projection[2].running_mean.any()
+    frozen = make_backbone(name, (16,), frozen_norm=True, freeze=2).train()
+    assert {"layer1.0", "layer1.1", "conv1.0"} <= untrained(frozen) and "layer2.0" in untrained(frozen)
+    assert not frozen.body.layer1[0].downsample[1].weight.requires_grad and not frozen.body.layer1[0].downsample[2].training
+    assert frozen.body.layer2[0].conv1.weight.requires_grad and not frozen.body.layer2[0].bn1.weight.requires_grad
+
+
+def test_unit_takes_pixels_as_they_are() -> None:
+    for name in ("hgnetv2_b0", "resnet18vd"):
+        plain, unit = (make_backbone(f"{name}{tag}", (16,)) for tag in ("", ".unit"))
+        assert unit.name == f"{name}.unit" and (unit.mean, unit.std) == ((0.0,) * 3, (1.0,) * 3)
+        assert plain.mean != unit.mean and plain.state_dict().keys() == unit.state_dict().keys()
+    with pytest.raises(ConfigError, match="set model.backbone=hgnetv2_b0$"):
+        load_backbone(make_backbone("hgnetv2_b0.unit", (16,)), "timm:hgnetv2_b0")
+
+
 # ---------------------------------------------------------------------------------------------------- batch norm, freezing
 def test_live_norm_of_a_resnet_is_torchvisions() -> None:
     torch.manual_seed(0)
@@ -278,6 +307,8 @@ def test_strides_of_a_pyramid() -> None:
     [
         ("resnt18", {}, "did you mean 'resnet18'"),
         ("vit_tiny_patch16_22", {}, "did you mean 'vit_tiny_patch16_224'"),
+        ("resnet18dv", {}, "The closest of .*resnet18vd"),
+        ("resnet18v.unit", {}, "there is no backbone"),
         ("resnet18", {"strides": (7,)}, r"no level of stride 7, only \[4, 8, 16, 32\]"),
         ("tf_efficientnet_lite0", {"strides": (8, 64)}, r"no level of stride 64, only \[2, 4, 8, 16, 32\]"),
         ("vit_tiny_patch16_224", {"strides": (8, 64)}, r"near stride 64, only \[4, 8, 16, 32\] \(patches of 16 pixels\)"),

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
 
+import numpy as np
+import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from queryvision.structures import ImageBatch, Targets
@@ -108,6 +113,16 @@ def padded_batch(height: int, width: int, seed: int = 1) -> ImageBatch:
     padding[1, :, int(width * 0.6) :] = True
     sizes = torch.tensor([[height, width], [int(height * 0.7), int(width * 0.6)]])
     return ImageBatch(pixels.masked_fill(padding[:, None], 0), padding, True, sizes)
+
+
+def whole_batch(height: int, width: int, seed: int = 1) -> ImageBatch:
+    """Two images of one size, without padding; coarse patches, so that places differ at all levels."""
+    generator = torch.Generator().manual_seed(seed)
+    patches = 2 * torch.randn(2, 3, height // 16, width // 16, generator=generator)
+    pixels = patches.repeat_interleave(16, 2).repeat_interleave(16, 3) + 0.3 * torch.randn(
+        2, 3, height, width, generator=generator
+    )
+    return ImageBatch(pixels, torch.zeros(2, height, width, dtype=torch.bool), False, torch.tensor([[height, width]] * 2))
 
 
 def peer_targets(targets: Targets) -> list[dict[str, Tensor]]:
@@ -214,3 +229,189 @@ def every_deformable_layer(peer: nn.Module, pixels: Tensor, padding: Tensor) -> 
     peer.loss_function = remember
     peer(pixels, pixel_mask=(~padding).long(), labels=[])
     return said[0]
+
+
+def published_hybrid_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of `transformers`' RTDetrV2ForObjectDetection or DFineForObjectDetection under the names of published files.
+
+    transformers 5 renames what it reads; the heads stand in a file once, as the decoder's.
+    """
+    names = (
+        (r"^model\.encoder\.aifi\.", "model.encoder.encoder."),
+        (r"self_attn\.o_proj", "self_attn.out_proj"),
+        (r"(layers\.\d+)\.mlp\.fc", r"\1.fc"),
+        (r"((?:encoder\.0|decoder)\.layers\.\d+)\.mlp\.layers\.([01])", lambda m: f"{m[1]}.fc{int(m[2]) + 1}"),
+    )
+    out = {}
+    for key, value in tensors.items():
+        for pattern, replacement in names:
+            key = re.sub(pattern, replacement, key)
+        if not key.startswith(("class_embed.", "bbox_embed.")):
+            out[key] = value.clone()
+    return out
+
+
+RESNET18 = {"layer_type": "basic", "depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512]}
+HGNETS: dict[str, dict[str, object]] = {
+    "hgnetv2_b0": {
+        "stem_channels": [3, 16, 16], "stage_in_channels": [16, 64, 256, 512], "stage_mid_channels": [16, 32, 64, 128],
+        "stage_out_channels": [64, 256, 512, 1024], "stage_num_blocks": [1, 1, 2, 1], "stage_numb_of_layers": [3] * 4,
+        "use_learnable_affine_block": True, "hidden_sizes": [64, 256, 512, 1024],
+    },
+    "hgnetv2_b2": {
+        "stem_channels": [3, 24, 32], "stage_in_channels": [32, 96, 384, 768], "stage_mid_channels": [32, 64, 128, 256],
+        "stage_out_channels": [96, 384, 768, 1536], "stage_num_blocks": [1, 1, 3, 1], "stage_numb_of_layers": [4] * 4,
+        "use_learnable_affine_block": True, "hidden_sizes": [96, 384, 768, 1536],
+    },
+    "hgnetv2_b4": {"hidden_sizes": [128, 512, 1024, 2048]},
+    "hgnetv2_b5": {
+        "stem_channels": [3, 32, 64], "stage_in_channels": [64, 128, 512, 1024], "stage_mid_channels": [64, 128, 256, 512],
+        "stage_num_blocks": [1, 2, 5, 2], "hidden_sizes": [128, 512, 1024, 2048],
+    },
+}  # fmt: skip
+"""Sizes of the published D-FINE's backbones, as its settings have them."""
+LEVELS = ["stage2", "stage3", "stage4"]
+NARROW: dict[str, object] = {
+    "num_labels": 5, "d_model": 32, "encoder_hidden_dim": 32, "decoder_in_channels": [32] * 3, "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_layers": 3, "num_queries": 9,
+    "num_denoising": 6, "hidden_expansion": 0.5,
+}  # fmt: skip
+
+
+def tiny_rtdetrv2_peer(seed: int = 0, **changes: object) -> nn.Module:
+    """An RTDetrV2ForObjectDetection with random weights: its ResNet-18 and narrow parts."""
+    from transformers import RTDetrResNetConfig, RTDetrV2Config, RTDetrV2ForObjectDetection
+
+    torch.manual_seed(seed)
+    backbone = RTDetrResNetConfig(**RESNET18, out_features=LEVELS)
+    sizes = {**NARROW, "encoder_in_channels": [128, 256, 512], "decoder_n_points": 3, "backbone_config": backbone, **changes}
+    return varied(RTDetrV2ForObjectDetection(RTDetrV2Config(**sizes)), seed)
+
+
+def tiny_dfine_peer(seed: int = 0, **changes: object) -> nn.Module:
+    """A DFineForObjectDetection with random weights: HGNet-v2 B0 and narrow parts."""
+    from transformers import DFineConfig, DFineForObjectDetection, HGNetV2Config
+
+    torch.manual_seed(seed)
+    backbone = HGNetV2Config(**HGNETS["hgnetv2_b0"], out_features=LEVELS)
+    sizes: dict[str, object] = {
+        **NARROW, "encoder_in_channels": [256, 512, 1024], "decoder_n_points": [3, 6, 3], "depth_mult": 0.34,
+        "backbone_config": backbone, **changes,
+    }  # fmt: skip
+    peer = varied(DFineForObjectDetection(DFineConfig(**sizes)), seed)
+    with torch.no_grad():
+        for mlp in peer.bbox_embed:  # distributions that are not nearly flat, so that layers differ
+            mlp.layers[-1].weight.mul_(4)
+        peer.model.decoder.query_pos_head.layers[-1].weight.mul_(10)  # positions beyond their limits
+    return peer
+
+
+def varied(peer: nn.Module, seed: int = 0) -> nn.Module:
+    """Draws all weights and statistics anew. Batch norms are in evaluation mode, the rest trains."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in peer.named_parameters():
+            if value.ndim == 4:
+                value.copy_(torch.randn(value.shape, generator=generator) * (2 / value[0].numel()) ** 0.5)
+            if value.ndim == 1 and name.endswith("norm.weight"):
+                value.copy_(0.7 + 0.6 * torch.rand(value.shape, generator=generator))
+    kept = {name: value.clone() for name, value in peer.named_parameters() if name.endswith(("reg_scale", "decoder.up"))}
+    give_each_parameter_its_own_gain(peer, seed)
+    with torch.no_grad():
+        for name, value in kept.items():
+            peer.get_parameter(name).copy_(value)
+    norms_in_evaluation(peer.train())
+    give_norms_near_statistics(peer, generator)
+    return peer
+
+
+@torch.no_grad()
+def give_norms_near_statistics(peer: nn.Module, generator: torch.Generator) -> None:
+    """Running statistics of the order of what norms see, or maps would be the same everywhere after some convolutions."""
+
+    def near(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        mean, spread = inputs[0].mean((0, 2, 3)), inputs[0].std((0, 2, 3)).clamp(min=1e-3)
+        norm.running_mean.copy_(mean + 0.3 * spread * torch.randn(mean.shape, generator=generator))
+        norm.running_var.copy_(spread.square() * (0.6 + 0.8 * torch.rand(mean.shape, generator=generator)))
+
+    handles = [m.register_forward_pre_hook(near) for m in peer.modules() if hasattr(m, "running_var")]
+    getattr(peer, "model", peer)(whole_batch(96, 96, seed=2).pixels)
+    for handle in handles:
+        handle.remove()
+
+
+def norms_in_evaluation(model: nn.Module) -> nn.Module:
+    """Batch norms take their running statistics, whatever the model's mode."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return model
+
+
+def live_norms(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Lets batch norms outside of the backbone learn; their statistics, in the order of the model."""
+    norms = [m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and "backbone" not in name]
+    return [(norm.train().running_mean, norm.running_var) for norm in norms]
+
+
+class Noised:
+    """Gives a peer the noised boxes of another model; its own are drawn without noise.
+
+    Args:
+        monkeypatch: undoes it.
+        module: of the peer.
+        anchors: (B,Q,4) of all denoising queries.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: ModuleType, anchors: Tensor) -> None:
+        self.own, self.anchors = module.get_contrastive_denoising_training_group, anchors
+        self.content = torch.empty(0)
+        monkeypatch.setattr(module, "get_contrastive_denoising_training_group", self.draw)
+
+    def draw(self, **arguments: Any) -> tuple[object, ...]:
+        self.content, _, mask, plan = self.own(**{**arguments, "label_noise_ratio": 0, "box_noise_scale": 0})
+        return self.content, self.anchors.logit(), mask.to(self.content.dtype), plan
+
+
+def differences(
+    model: nn.Module, peer: nn.Module, rename: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+) -> dict[str, float]:
+    """{parameter that is trained: difference of its gradients as a share of the largest}; without a gradient: infinite."""
+    held = dict(peer.named_parameters(remove_duplicate=False))
+    state = peer.state_dict()
+    gradients = {
+        n: v if n not in held else torch.zeros_like(v) if held[n].grad is None else held[n].grad for n, v in state.items()
+    }
+    wanted, found = rename(published_hybrid_state(gradients)), {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            scale = float(wanted[name].abs().max())
+            seen = parameter.grad is not None and scale > 1e-7
+            found[name] = float((parameter.grad - wanted[name]).abs().max()) / scale if seen else float("inf")
+    return found
+
+
+def weighed(*values: Tensor) -> Tensor:
+    """One number of many, in which each counts differently."""
+    values = tuple(x.double() for x in values)
+    return sum(((x * torch.linspace(1, 2, x.numel()).view_as(x)).sin().mean() for x in values), torch.zeros(()))
+
+
+def same_predictions(predictor: Any, peer: nn.Module) -> None:
+    """On a picture of coarse patches; these models take pixels 0..1 that are not normalised. A row is score, class and box."""
+    patches = np.random.default_rng(0).integers(0, 256, (10, 10, 3), np.uint8)
+    picture = patches.repeat(32, 0).repeat(32, 1)
+    with torch.no_grad():
+        pixels = torch.from_numpy(picture).permute(2, 0, 1)[None] / 255
+        ranks = peer.model(pixels).enc_topk_logits.amax(-1)
+        said = peer(pixels)
+    assert (ranks[:, :-1] - ranks[:, 1:]).min() > 1e-5, "who is chosen must not hang on rounding"
+    scores, index = said.logits[0].sigmoid().flatten().topk(100)
+    classes = said.logits.shape[-1]
+    centre, size = said.pred_boxes[0][index // classes].split(2, -1)
+    wanted = torch.cat((scores[:, None], index[:, None] % classes, centre - size / 2, centre + size / 2), -1)
+    result = predictor.predict(picture, threshold=0.0)
+    found = torch.cat((result.scores[:, None], result.labels[:, None], result.boxes / 320), -1)
+    assert found.shape == wanted.shape and scores.std() > 1e-3 and wanted.std(0)[2:].min() > 1e-2
+    distance = torch.cdist(found, wanted, p=torch.inf)
+    assert distance[linear_sum_assignment(distance)].max() <= 1e-4

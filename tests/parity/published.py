@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,3 +129,27 @@ def with_copies(state: dict[str, Tensor], shared: bool) -> dict[str, Tensor]:
             parts[1] = "0"
         out[name] = state[".".join(parts)] if parts[0] in ("class_embed", "bbox_embed") else state[name]
     return out
+
+
+def of_transformers(model: type, settings: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A stand-in for each tensor that `transformers` saves of a model of these settings, and what its config.json says.
+
+    Args:
+        model: its class.
+        settings: of its class of settings.
+    """
+    from peers import published_hybrid_state
+
+    config = model.config_class(**settings)
+    with torch.device("meta"):
+        empty = model(config)
+    held = {name: tuple(value.shape) for name, value in published_hybrid_state(empty.state_dict()).items()}
+    state = stand_ins(held)
+    for name in held:
+        if name.endswith("_points_scale"):
+            points = config.decoder_n_points
+            points = points if isinstance(points, list) else [points] * config.num_feature_levels
+            state[name] = torch.tensor([1 / n for n in points for _ in range(n)])
+        if name.endswith(("decoder.up", "decoder.reg_scale")):
+            state[name] = torch.tensor([config.up if name.endswith("up") else config.reg_scale])
+    return state, json.loads(json.dumps(config.to_dict(), default=str))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from queryvision.head import Fit, Steering
-from queryvision.layers.conv import ConvNorm
+from queryvision.layers.conv import ConvNorm, start_small
 from queryvision.layers.deformable import DeformableAttention
 from queryvision.layers.positions import BoxPositions
 from queryvision.model.backbone import make_backbone
@@ -206,8 +206,8 @@ def dfine_small(
     expansion: float = 0.5,
     depth: float = 0.34,
 ) -> QueryModel:
-    """D-FINE for a laptop: the same parts, fewer and narrower. See `dfine`."""
-    return dfine(
+    """D-FINE for a laptop: the same parts, fewer and narrower, and convolutions that start small. See `dfine`."""
+    model = dfine(
         heads,
         steering,
         backbone=backbone,
@@ -225,3 +225,6 @@ def dfine_small(
         expansion=expansion,
         depth=depth,
     )
+    for part in (model.neck, model.encoder):
+        start_small(part)
+    return model
