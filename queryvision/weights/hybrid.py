@@ -100,9 +100,8 @@ def common_sizes(state: Mapping[str, Tensor], settings: Mapping[str, Any], sourc
             f"{source}: only attention within the last of the backbone's levels and no further ones can be read"
         )
     encoder_layers = count(state, r"^model\.encoder\.encoder\.0\.layers\.(\d+)\.")
-    inner = {len(v) for k, v in state.items() if re.search(r"^model\.(en|de)coder\..*layers\.\d+\.fc1\.weight$", k)}
-    if len(inner) > 1:
-        raise CheckpointError(f"{source}: feed-forward parts of {sorted(inner)} channels; only one number for all can be read")
+    inner = len(state["model.decoder.layers.0.fc1.weight"])
+    outer = len(state["model.encoder.encoder.0.layers.0.fc1.weight"]) if encoder_layers else inner
     heads, points = _heads_and_points(state, settings, levels, source)
     backbone, stages = backbone_of(state, source)
     channels = [state[f"model.encoder_input_proj.{level}.0.weight"].shape[1] for level in range(levels)]
@@ -119,7 +118,8 @@ def common_sizes(state: Mapping[str, Tensor], settings: Mapping[str, Any], sourc
         "encoder_layers": encoder_layers,
         "decoder_layers": count(state, r"^model\.decoder\.layers\.(\d+)\."),
         "num_heads": heads,
-        "ffn_width": inner.pop(),
+        "ffn_width": inner,
+        "encoder_ffn_width": outer if outer != inner else None,
     }
     return sizes, points
 

@@ -471,6 +471,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "s": {"name": "dfine_s", "backbone": "hgnetv2_b0.unit"},
     "m": {"name": "dfine_m", "backbone": "hgnetv2_b2.unit"},
     "l": {"name": "dfine_l", "backbone": "hgnetv2_b4.unit"},
+    "x": {"name": "dfine", "backbone": "hgnetv2_b5.unit", "encoder_width": 384, "encoder_ffn_width": 2048},
 }  # fmt: skip
 
 
@@ -483,8 +484,10 @@ def test_sizes_are_told_by_tensors_and_all_of_them_have_a_place(
     assert "model.encoder.encoder.0.layers.0.fc2.weight" in state and "model.decoder.layers.0.fc1.bias" in state
     found = read_of(monkeypatch, state, {} if alone else settings)
     assert found["model"] == {**PUBLISHED[size], "num_queries": 300, "denoising": 100}
-    assert found["config"] == f"dfine_{'s' if size == 'n' else size}_coco"
-    assert found["heads"] == {"boxes": {"bins": 32, "bound": 0.5, "scale": 4.0}} and found["classes"].ids == tuple(COCO_NAMES)
+    assert found["config"] == f"dfine_{dict(n='s', x='l').get(size, size)}_coco"
+    assert found["heads"] == {"boxes": {"bins": 32, "bound": 0.5, "scale": 8.0 if size == "x" else 4.0}} and found[
+        "classes"
+    ].ids == tuple(COCO_NAMES)
     keywords = {key: value for key, value in found["model"].items() if key != "name"}
     with torch.device("meta"):
         made = getattr(builders, found["model"]["name"])(lambda fit: [LabelHead(fit, 80), BoxHead(fit)], STEERING, **keywords)
@@ -524,6 +527,3 @@ def test_what_cannot_be_read_is_refused_in_one_line(monkeypatch: pytest.MonkeyPa
     refused("is no d_fine checkpoint of transformers, it lacks model.decoder.reg_scale", without="reg_scale")
     refused("lqe_layers = 3; only 2", lqe_layers=3)
     refused("decoder_method = discrete; only default", decoder_method="discrete")
-    wide, settings = published.of_transformers(DFineForObjectDetection, settings_of("x"))
-    with pytest.raises(CheckpointError, match=r"feed-forward parts of \[1024, 2048\] channels; only one number"):
-        read_of(monkeypatch, wide, settings)

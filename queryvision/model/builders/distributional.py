@@ -41,6 +41,7 @@ def dfine(
     num_heads: int = 8,
     num_points: Sequence[int] = (3, 6, 3),
     ffn_width: int = 1024,
+    encoder_ffn_width: int | None = None,
     expansion: float = 1.0,
     depth: float = 1.0,
     dropout: float = 0.0,
@@ -65,6 +66,7 @@ def dfine(
         num_heads: attention heads.
         num_points: sampled places a head, one number a level.
         ffn_width: channels inside the feed-forward parts.
+        encoder_ffn_width: those of the encoder; None: as the decoder.
         expansion: channels of a fusion block's deep branches as a share of half the encoder's.
         depth: share of the three RepVGG blocks in each deep branch.
         dropout: in encoder and decoder.
@@ -86,7 +88,7 @@ def dfine(
         backbone=trunk,
         neck=Projection(trunk.channels, wide, norm=True),
         encoder=HybridEncoder(
-            [EncoderLayer(wide, num_heads, ffn_width, dropout, "gelu") for _ in range(encoder_layers)],
+            [EncoderLayer(wide, num_heads, encoder_ffn_width or ffn_width, dropout, "gelu") for _ in range(encoder_layers)],
             laterals=[ConvNorm(wide, wide) for _ in range(levels - 1)],
             top_down=[Elan(2 * wide, wide, blocks, expansion) for _ in range(levels - 1)],
             downsamples=[Downsample(wide) for _ in range(levels - 1)],

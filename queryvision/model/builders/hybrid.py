@@ -41,6 +41,7 @@ def rtdetrv2(
     num_heads: int = 8,
     num_points: int = 4,
     ffn_width: int = 1024,
+    encoder_ffn_width: int | None = None,
     expansion: float = 1.0,
     dropout: float = 0.0,
 ) -> QueryModel:
@@ -63,6 +64,7 @@ def rtdetrv2(
         num_heads: attention heads.
         num_points: sampled places a head and level.
         ffn_width: channels inside the feed-forward parts.
+        encoder_ffn_width: those of the encoder; None: as the decoder.
         expansion: channels inside the fusion blocks as a share of the encoder's.
         dropout: in encoder and decoder.
 
@@ -82,7 +84,7 @@ def rtdetrv2(
         backbone=trunk,
         neck=Projection(trunk.channels, wide, norm=True),
         encoder=HybridEncoder(
-            [EncoderLayer(wide, num_heads, ffn_width, dropout, "gelu") for _ in range(encoder_layers)],
+            [EncoderLayer(wide, num_heads, encoder_ffn_width or ffn_width, dropout, "gelu") for _ in range(encoder_layers)],
             laterals=[ConvNorm(wide, wide, activation="silu") for _ in range(levels - 1)],
             top_down=[CSPRep(2 * wide, wide, 3, expansion) for _ in range(levels - 1)],
             downsamples=[ConvNorm(wide, wide, 3, 2, activation="silu") for _ in range(levels - 1)],
