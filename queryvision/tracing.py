@@ -17,6 +17,7 @@ from queryvision.head import Head, View
 from queryvision.model.cross_attention import DeformableCrossAttention
 from queryvision.model.decoder import Decoder, DecoderLayer
 from queryvision.model.deformable_encoder import DeformableEncoderLayer
+from queryvision.model.hybrid_encoder import HybridEncoder
 from queryvision.model.neck import Pyramid
 from queryvision.model.proposals import SelectedQueries
 from queryvision.model.query_model import QueryModel
@@ -98,7 +99,7 @@ def _place(view: View) -> str:
     stage = view.stage
     if stage.last:
         return ""
-    return f", layer {stage.index + 1}" if stage.kind == "layer" else f", {stage.kind}s"
+    return {"proposal": ", proposals", "initial": ", first guess"}.get(stage.kind, f", layer {stage.index + 1}")
 
 
 def _parts(model: QueryModel) -> list[tuple[nn.Module, str, str]]:
@@ -113,11 +114,17 @@ def _parts(model: QueryModel) -> list[tuple[nn.Module, str, str]]:
         "flatten": "every cell a token; no patches, no class token",
         "positions": "2-D sine positions, added in attention to queries and keys, not to values",
     }
-    parts += [(getattr(model.encoder, name), name, what) for name, what in texts.items() if hasattr(model.encoder, name)]
+    tokens = [(getattr(model.encoder, name), name, what) for name, what in texts.items() if hasattr(model.encoder, name)]
     encoder_layers: Any = getattr(model.encoder, "layers", [])
+    layers = []
     for index, layer in enumerate(encoder_layers):
-        where = "at a few places on every level" if isinstance(layer, DeformableEncoderLayer) else "at all tokens"
-        parts.append((layer, f"encoder layer {index + 1}", f"tokens look {where}"))
+        where = "tokens look at all tokens"
+        if isinstance(layer, DeformableEncoderLayer):
+            where = "tokens look at a few places on every level"
+        if isinstance(model.encoder, HybridEncoder):
+            where = "the coarsest level's cells look at each other; then levels are fused by convolutions"
+        layers.append((layer, f"encoder layer {index + 1}", where))
+    parts += [*layers, *tokens] if isinstance(model.encoder, HybridEncoder) else [*tokens, *layers]
     parts.append((model.encoder, "memory", "what the decoder may look at"))
     source = "chosen among the tokens' proposals" if selected else "the decoder's input, not image features"
     parts.append((model.queries, "object queries", source))
