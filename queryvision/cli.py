@@ -210,7 +210,7 @@ def data_view(
     output: Annotated[str, typer.Option("--output", "-o", help="Picture to write.")] = "data.png",
     task: Annotated[str, typer.Option(help="Whose annotations to show.")] = "detection",
     split: Annotated[str, typer.Option(help="Which part.")] = "train",
-    augmentation: Annotated[str, typer.Option(help="detr, light, strong or none.")] = "light",
+    augmentation: Annotated[str, typer.Option(help="detr, light, strong, flip or none.")] = "light",
     image_size: Annotated[int, typer.Option(help="Short side in pixels.")] = 256,
     count: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice and the augmentation.")] = 0,

@@ -3,7 +3,7 @@
     python scripts/compare_learning.py [--model ours dfine rtdetrv2 ...] [--seed 0 1] [--minutes 10] [--skip-done]
     python scripts/compare_learning.py --plot-only --table
 
-Same for all: drawn scenes, image size, augmentation, batches of 8, the backbone with its ImageNet weights and its frozen parts,
+Same for all: drawn scenes, image size, augmentation, batch size, the backbone with its ImageNet weights and its frozen parts,
 sizes (see `learning_peers.py`, which also says what `_shipped` means), AdamW, warm-up, flat-cosine schedule, clipping, averaged
 weights, held-out AP by the project's own evaluator. Models and their losses differ; ours is `queryvision.train("detection")`.
 

@@ -1,7 +1,7 @@
 """The detectors of `transformers` that `compare_learning.py` trains, on this project's backbone, batches and results.
 
 A peer has the sizes of the default configuration: width 128, one encoder layer, three decoder layers of four heads,
-feed-forward parts of 512, 60 queries, 40 denoising queries where it has any, no dropout. Other parts and losses are its own.
+feed-forward parts of 512, 100 queries, 40 denoising queries where it has any, no dropout. Other parts and losses are its own.
 `transformers` 5.23 differs from the published models in ways that cost a model that is trained from the start: a `_shipped`
 peer is left as it comes, the one without the suffix is repaired.
     rtdetrv2: gains of batch norms are 1, as published and as in PyTorch; shipped: drawn from N(0, 0.01).
@@ -35,7 +35,7 @@ from queryvision.structures import Batch, ImageBatch
 
 SIZES = {
     "d_model": 128, "encoder_layers": 1, "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 512, "decoder_ffn_dim": 512, "num_queries": 60, "dropout": 0.0,
+    "encoder_ffn_dim": 512, "decoder_ffn_dim": 512, "num_queries": 100, "dropout": 0.0,
 }  # fmt: skip
 MULTIPLE = 32  # to which the hybrid encoders need their images filled up, in pixels
 Labels = list[dict[str, Tensor]]  # of each image {"class_labels": (T,) int64, "boxes": (T,4) cx cy w h, 0..1}

@@ -21,7 +21,7 @@ from queryvision.data.sample import Annotations, Sample
 from queryvision.data.zooming import IoUCrop, ZoomOut
 from queryvision.errors import ConfigError, nearest
 
-PRESETS = ("detr", "light", "strong", "none")
+PRESETS = ("detr", "light", "strong", "flip", "none")
 PUBLISHED_SIZE, PUBLISHED_LONGEST = 800, 1333  # px, DETR
 ZOOM_BOUND = 1.5  # of zoomed-out images, in image sizes; they are cropped afterwards
 
@@ -95,8 +95,8 @@ def training_transform(name: str, image_size: int, flip_pairs: FlipPairs | None 
 
     Args:
         name: "detr": flip, resize to one of eleven sizes, and half the time a crop in between, as published. "light":
-            flip, mild colour, mild scale, and a crop that keeps most objects. "strong": see `strong_transform`. "none":
-            resize only.
+            flip, mild colour, mild scale, and a crop that keeps most objects. "strong": see `strong_transform`. "flip":
+            mirrored half the time, else as "none": resize only.
         image_size: largest short side in px; all of DETR's numbers scale with it (800 as published).
         flip_pairs: see `Transform`.
 
@@ -118,8 +118,9 @@ def training_transform(name: str, image_size: int, flip_pairs: FlipPairs | None 
         return Transform([Flip(p=0.5), crop_some, ShortSide(_jittered(image_size), longest), colour], flip_pairs)
     if name == "strong":
         return strong_transform(image_size, flip_pairs)
-    if name == "none":
-        return Transform([ShortSide([image_size], longest)], flip_pairs)
+    if name in ("flip", "none"):
+        flip = [Flip(p=0.5)] if name == "flip" else []
+        return Transform([*flip, ShortSide([image_size], longest)], flip_pairs)
     raise ConfigError(f"no augmentation '{name}'; {nearest(name, PRESETS)}")
 
 

@@ -47,6 +47,8 @@ class LabelHead(Head):
         alpha: focal weight of positives; negatives get 1 - alpha (also their weight in `varifocal`).
         gamma: exponent of the loss; None: the published one.
         label_noise: denoising queries: half of this share gets a class at random (arXiv 2203.03605).
+        label_scale: denoising queries: deviation of the embedded classes at the start, 1 as published. Smaller ones are harder
+            to copy, so that the decoder learns sooner to look.
 
     Raises:
         ConfigError: a number is out of range, or softmax is wanted where proposals are ranked by each class's own yes or no.
@@ -78,6 +80,7 @@ class LabelHead(Head):
         alpha: float = 0.25,
         gamma: float | None = None,
         label_noise: float = 0.5,
+        label_scale: float = 1.0,
     ) -> None:
         super().__init__()
         fit = Fit.of(fit)
@@ -88,6 +91,7 @@ class LabelHead(Head):
             )
         check_range("heads.labels", 0, 1, alpha=alpha, label_noise=label_noise)
         check_range("heads.labels", 0, math.inf, cost=cost, weight=weight, no_object_weight=no_object_weight, gamma=gamma)
+        check_range("heads.labels", 0, math.inf, label_scale=label_scale)
         self.num_classes = num_classes
         self.kind = loss
         self.softmax = loss == "softmax"
@@ -96,6 +100,8 @@ class LabelHead(Head):
             self.class_rows = (r"linear\.layers\..*\.(weight|bias)", r"embedding\.weight")
         self.linear = PerStage(lambda proposals: self._linear(fit.width, proposals), fit)
         self.embedding = nn.Embedding(num_classes, fit.width) if fit.denoising else None
+        if self.embedding is not None:
+            nn.init.normal_(self.embedding.weight, std=label_scale)
         self.cost_weight = cost if cost is not None else 1.0 if self.softmax else 2.0
         self.weights = {"class": weight}
         self.no_object_weight = no_object_weight

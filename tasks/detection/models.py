@@ -79,7 +79,7 @@ def dfine_l(num_classes: int, **arguments: Any) -> QueryModel:
 
 def dfine_small(num_classes: int, **arguments: Any) -> QueryModel:
     """A D-FINE for laptops, with labels taught as high as their boxes are good (MAL)."""
-    return builders.dfine_small(_heads(num_classes, 1.0, loss="mal"), STEERING, **arguments)
+    return builders.dfine_small(_heads(num_classes, 1.0, loss="mal", label_scale=0.1), STEERING, **arguments)
 
 
 def _heads(num_classes: int, box_noise: float = 0.4, **labels: Any) -> HeadParts:

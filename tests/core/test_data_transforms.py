@@ -101,7 +101,7 @@ def test_no_flip_while_pairs_are_unknown() -> None:
         Transform([A.OneOf([A.HorizontalFlip(p=1)], p=1)])(before, 0)
 
 
-@given(st.integers(0, 10_000), st.sampled_from(["detr", "light", "none"]), st.integers(0, 5))
+@given(st.integers(0, 10_000), st.sampled_from(["detr", "light", "flip", "none"]), st.integers(0, 5))
 @settings(max_examples=60, deadline=None)
 def test_everything_stays_in_step(seed: int, name: str, n: int) -> None:
     before = sample(seed, n, height=60 + seed % 50)

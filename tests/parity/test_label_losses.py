@@ -135,3 +135,11 @@ def test_softmax_cannot_rank_proposals() -> None:
 def test_numbers_out_of_range_are_refused(head: type, settings: dict[str, float], says: str) -> None:
     with pytest.raises(ConfigError, match=says.replace(".", r"\.")):
         head(8, *([CLASSES] if head is LabelHead else []), **settings)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+def test_embedded_classes_start_with_their_deviation(scale: float) -> None:
+    torch.manual_seed(0)
+    head = LabelHead(Fit(64, anchors=4, denoising=True), 200, label_scale=scale)
+    assert head.embedding is not None
+    assert head.embedding.weight.std().item() == pytest.approx(scale, rel=0.03)
