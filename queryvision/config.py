@@ -34,7 +34,7 @@ class DataSettings(Settings):
     image_size: Annotated[int, Field(ge=32)] | Literal["auto"] = Field(
         128, description="short side in pixels, or auto: chosen from the data; the long side is capped at 1333/800 of it"
     )
-    augmentation: Literal["strong", "detr", "light", "flip", "none"] = Field(
+    augmentation: Literal["strong", "flip", "detr", "light", "none"] = Field(
         "light", description="strong: RT-DETR's, then light; detr: as published; light; flip; none"
     )
     mosaic: float = Field(0.0, ge=0, le=1, description="probability that four images share one")
@@ -233,7 +233,8 @@ def arguments(function: Callable[..., Any], given: Mapping[str, Any], where: str
 def explain(error: ValidationError, model: type[BaseModel], where: str = "") -> str:
     """The first complaint of pydantic as one line for people."""
     first = error.errors()[0]
-    names = [where, *(str(part) for part in first["loc"])]
+    tags = ("constrained-int", "literal[")  # which member of a union it was
+    names = [where, *(str(part) for part in first["loc"] if not str(part).startswith(tags))]
     key = ".".join(name for name in names if name)
     if first["type"] == "extra_forbidden":
         return f"there is no setting '{key}'; {nearest(str(first['loc'][-1]), _fields(model, first['loc'][:-1]))}"

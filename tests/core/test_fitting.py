@@ -75,3 +75,9 @@ def test_a_configuration_with_auto_builds_and_says_what_is_missing() -> None:
 def test_only_queries_can_be_auto() -> None:
     with pytest.raises(ConfigError, match="model.width"):
         resolve(make_config({"model": {"name": "dfine_small", "width": "auto"}}), resolve_task("detection"))
+
+
+@pytest.mark.parametrize("side", [0, 31, "large"])
+def test_a_wrong_image_size_is_named_without_the_library_s_words(side: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"^data\.image_size = {side!r}: input should be"):
+        config(image_size=side)
