@@ -48,7 +48,7 @@ FLAGS = {
 }
 """The most used settings and where they stand in a configuration; a test freezes them."""
 
-FEW = 1000
+FEW = 500
 """Steps below which a run gets a warning."""
 
 

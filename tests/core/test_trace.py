@@ -58,11 +58,11 @@ def test_several_levels_and_proposals_have_their_lines() -> None:
     assert found["image"] == "(1,3,128,96)"
     assert [step.shape for step in steps if step.part == "neck"] == ["(1,128,16,12)", "(1,128,8,6)", "(1,128,4,3)"]
     assert found["memory"] == "(1,252,128)"
-    assert found["decoder"] == "(1,60,128)"
+    assert found["decoder"] == "(1,100,128)"
     boxes = [step for step in steps if step.part.startswith("head 'boxes'") and step.what == "boxes"]
     places = ["proposals", "first guess", "layer 1", "layer 2"]
     assert [step.part for step in boxes] == [*(f"head 'boxes', {place}" for place in places), "head 'boxes'"]
-    assert {step.shape for step in boxes} == {"(1,60,4)"}
+    assert {step.shape for step in boxes} == {"(1,100,4)"}
     corners = [step.part for step in steps if step.what == "corners"]
     assert corners == ["head 'boxes', layer 1", "head 'boxes', layer 2", "head 'boxes'"], "the first guess is a plain box"
     order = [step.part for step in steps]
