@@ -172,6 +172,7 @@ def peer_real_time(name: str) -> Any:
         stage_in_channels=[16, 64, 256, 512],
         stage_mid_channels=[16, 32, 64, 128],
         stage_out_channels=[64, 256, 512, 1024],
+        hidden_sizes=[64, 256, 512, 1024],
         stage_num_blocks=[1, 1, 2, 1],
         stage_numb_of_layers=[3, 3, 3, 3],
         use_learnable_affine_block=True,
