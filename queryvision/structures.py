@@ -108,6 +108,7 @@ class Features:
     maps: list[Tensor]  # L x (B,C_l,H_l,W_l)
     paddings: list[Tensor | None]  # L x (B,H_l,W_l) bool, True = padding; None: nothing is padded
     padding: Tensor | None = None  # (B,H,W) of the image itself, from which further levels get theirs
+    extents: Tensor | None = None  # (B,L,2) float32: width and height of each unpadded image in cells, to the pixel: W / stride
 
 
 @dataclass
@@ -118,7 +119,7 @@ class Memory:
     positions: Tensor  # (B,N,D)
     shapes: tuple[tuple[int, int], ...]  # L x (H_l,W_l), N is the sum of their products
     padding: Tensor | None  # (B,N) bool, True = padding; None: nothing is padded
-    valid_ratios: Tensor  # (B,L,2) float32, unpadded share of (width, height) on each level
+    valid_ratios: Tensor  # (B,L,2) float32, unpadded share of (width, height) on each level, in whole cells or to the pixel
 
     @cached_property
     def placed(self) -> Tensor:

@@ -164,14 +164,13 @@ class AveragedWeights:
         """Takes in the weights after an optimiser step; one fused operation over all of them."""
         self.updates += 1
         share = 1 - self.decay * (1 - math.exp(-self.updates / self.warmup))
-        mine, theirs, own = [], [], self.model.state_dict()
-        for key, value in model.state_dict().items():
-            if value.is_floating_point():
-                mine.append(own[key])
-                theirs.append(value.detach())
-            else:
-                own[key].copy_(value)
-        torch._foreach_lerp_(mine, theirs, share)
+        mine, theirs = ([*m.parameters(), *m.buffers()] for m in (self.model, model))  # a state dict takes three times as long
+        pairs = list(zip(mine, theirs, strict=True))
+        averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+        torch._foreach_lerp_([own for own, _ in averaged], [value.detach() for _, value in averaged], share)
+        for own, value in pairs:
+            if not own.is_floating_point():
+                own.copy_(value)
 
     def load(self, state: dict[str, Tensor], updates: int) -> None:
         """Goes on from a checkpoint."""

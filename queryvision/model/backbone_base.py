@@ -44,9 +44,10 @@ class Backbone(nn.Module):
     def forward(self, images: ImageBatch) -> Features:
         """Maps and their padding; `images.pixels` must be normalised."""
         maps = self.maps(images.pixels.contiguous(memory_format=torch.channels_last))
+        extents = torch.stack([images.sizes.flip(-1) / stride for stride in self.strides], 1)
         if not images.padded:
-            return Features(maps, [None] * len(maps))
-        return Features(maps, [resized_padding(images.padding, m) for m in maps], images.padding)
+            return Features(maps, [None] * len(maps), None, extents)
+        return Features(maps, [resized_padding(images.padding, m) for m in maps], images.padding, extents)
 
     def train(self, mode: bool = True) -> Self:
         """Batch norms that are not trained stay in evaluation mode."""

@@ -106,8 +106,19 @@ def memory_padding(features: Features) -> Tensor | None:
     return torch.cat(padded, 1) if padded else None
 
 
+def exact_ratios(features: Features) -> Tensor:
+    """Share of (width, height) of each level's map that the unpadded image covers, to the pixel, (B,L,2) float32.
+
+    Places 0..1 of the image then lie on the cells that saw them, however far the last cell sticks out of the image: with images
+    of 130 pixels and a stride of 32, whole cells (`valid_ratios`) put them up to half an object beside.
+    """
+    assert features.extents is not None, "a backbone says how many cells its images are wide and high"
+    levels = zip(features.extents.unbind(1), map_shapes(features), strict=True)
+    return torch.stack([torch.stack((extent[:, 0] / w, extent[:, 1] / h), -1) for extent, (h, w) in levels], 1)
+
+
 def valid_ratios(features: Features) -> Tensor:
-    """Unpadded share of (width, height) on each level, (B,L,2) float32."""
+    """Unpadded share of (width, height) on each level in whole cells, (B,L,2) float32, as the published Deformable DETR has it."""
     ratios = []
     for tokens, padding in zip(features.maps, features.paddings, strict=True):
         if padding is None:

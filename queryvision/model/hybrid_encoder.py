@@ -6,13 +6,14 @@ Legend: B images, L levels, N memory tokens, D width. `real` is 1 on the image a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from queryvision.layers.positions import grid_sines
-from queryvision.model.encoder import EncoderLayer, Flatten, map_shapes, memory_padding, valid_ratios
+from queryvision.model.encoder import EncoderLayer, Flatten, exact_ratios, map_shapes, memory_padding
 from queryvision.structures import Features, Memory
 
 
@@ -20,6 +21,7 @@ class HybridEncoder(nn.Module):
     """Self-attention among the cells of the coarsest level; then from coarse to fine and back again.
 
     Each level must be half the next finer one, rounded up. Padding counts as zero in every convolution.
+    Places of the image are found on the maps to the pixel (`exact_ratios`); at multiples of the strides that is the published way.
 
     Args:
         layers: self-attention layers of the coarsest level; none: convolutions only.
@@ -61,9 +63,9 @@ class HybridEncoder(nn.Module):
             smaller = reduce(maps[level - 1], real[level - 1])
             maps[level] = fuse(torch.cat((smaller, maps[level]), 1), real[level])
         maps = [project(m) for project, m in zip(self.projections, maps, strict=True)]
-        fused = Features(maps, paddings, features.padding)
+        fused = replace(features, maps=maps)
         tokens = self.flatten(fused)
-        return Memory(tokens, torch.zeros_like(tokens[:1]), map_shapes(fused), memory_padding(fused), valid_ratios(fused))
+        return Memory(tokens, torch.zeros_like(tokens[:1]), map_shapes(fused), memory_padding(fused), exact_ratios(fused))
 
     def _attend(self, coarsest: Tensor, padding: Tensor | None) -> Tensor:
         """(B,D,H,W) -> the same, its cells having looked at each other."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -26,9 +27,7 @@ class Projection(nn.Module):
 
     def forward(self, features: Features) -> Features:
         """Maps (B,C_l,H_l,W_l) -> (B,D,H_l,W_l); padding as it was."""
-        return Features(
-            [conv(m) for conv, m in zip(self.levels, features.maps, strict=True)], features.paddings, features.padding
-        )
+        return replace(features, maps=[conv(m) for conv, m in zip(self.levels, features.maps, strict=True)])
 
 
 class Pyramid(nn.Module):

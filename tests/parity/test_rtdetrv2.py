@@ -55,10 +55,11 @@ from queryvision.head import Fit
 from queryvision.layers.conv import ConvNorm, RepVgg, activate
 from queryvision.model import builders
 from queryvision.model.backbone import make_backbone
+from queryvision.model.deformable_encoder import cell_centres
 from queryvision.model.denoising import Denoising
 from queryvision.model.proposals import grid_anchors
 from queryvision.model.query_model import QueryModel
-from queryvision.structures import Features, Outputs, Queries, Round, Stage, Targets
+from queryvision.structures import Features, ImageBatch, Outputs, Queries, Round, Stage, Targets
 from queryvision.tasks.detection import BoxHead, LabelHead, rtdetrv2_r18
 from queryvision.tasks.detection.models import STEERING
 from queryvision.weights import dfine, reading, trunks
@@ -321,11 +322,30 @@ def test_padding_changes_nothing_on_the_image(build: str) -> None:
         padded[-1][0, :, : level.shape[2], : level.shape[3]] = level[0]
         paddings.append(torch.zeros(2, height, width, dtype=torch.bool))
         paddings[-1][0, level.shape[2] :] = paddings[-1][0, :, level.shape[3] :] = True
-    wanted = encoder(Features(maps, [None] * 3)).tokens[0]
-    found = encoder(Features(padded, paddings, torch.zeros(2, 1, 1, dtype=torch.bool)))
+    extents = torch.ones(2, 3, 2)
+    wanted = encoder(Features(maps, [None] * 3, None, extents[:1])).tokens[0]
+    found = encoder(Features(padded, paddings, torch.zeros(2, 1, 1, dtype=torch.bool), extents))
     real = ~found.padding[0]
     assert real.sum() == len(wanted) == 89 and wanted.std() > 0.3
     close(found.tokens[0][real], wanted, 1e-5)
+
+
+@pytest.mark.parametrize("build", ["rtdetrv2", "dfine"])
+@torch.no_grad()
+def test_places_lie_on_the_pixels_of_an_image_of_any_size(build: str) -> None:
+    """A cell of stride s is seen at (i + 0.5) s pixels, on every level, however far the last one sticks out of the image."""
+    sizes = {"width": 32, "num_heads": 4, "ffn_width": 48, "expansion": 0.5, "backbone": "resnet18"}
+    model = getattr(builders, build)(lambda fit: [LabelHead(fit, 5), BoxHead(fit)], STEERING, **sizes).eval()
+    pixels, padding = torch.zeros(2, 3, 150, 163), torch.zeros(2, 150, 163, dtype=torch.bool)
+    padding[1, 131:] = padding[1, :, 97:] = True
+    images = ImageBatch(pixels, padding, True, torch.tensor([[150, 163], [131, 97]]))
+    memory = model.encoder(model.neck(model.backbone(images)))
+    centres = cell_centres(memory).split([h * w for h, w in memory.shapes], 1)
+    for stride, (height, width), found in zip((8, 16, 32), memory.shapes, centres, strict=True):
+        x, y = (torch.arange(n) * stride + stride / 2 for n in (width, height))
+        for image, (tall, wide) in zip(found, images.sizes.tolist(), strict=True):
+            close(image.view(height, width, 2)[0, :, 0], x / wide, 1e-6)
+            close(image.view(height, width, 2)[:, 0, 1], y / tall, 1e-6)
 
 
 @pytest.mark.parametrize("part", ["plain", "strided", "depthwise", "both"])
