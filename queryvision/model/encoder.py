@@ -118,7 +118,7 @@ def exact_ratios(features: Features) -> Tensor:
 
 
 def valid_ratios(features: Features) -> Tensor:
-    """Unpadded share of (width, height) on each level in whole cells, (B,L,2) float32, as the published Deformable DETR has it."""
+    """Unpadded share of (width, height) on each level in whole cells, as published Deformable DETR has it, (B,L,2) float32."""
     ratios = []
     for tokens, padding in zip(features.maps, features.paddings, strict=True):
         if padding is None:

@@ -21,7 +21,7 @@ class HybridEncoder(nn.Module):
     """Self-attention among the cells of the coarsest level; then from coarse to fine and back again.
 
     Each level must be half the next finer one, rounded up. Padding counts as zero in every convolution.
-    Places of the image are found on the maps to the pixel (`exact_ratios`); at multiples of the strides that is the published way.
+    Places of the image are found on the maps to the pixel (`exact_ratios`), which at multiples of the strides is as published.
 
     Args:
         layers: self-attention layers of the coarsest level; none: convolutions only.
