@@ -44,7 +44,7 @@ from queryvision.splits import open_splits
 from queryvision.task import resolve_task
 from queryvision.weights.sources import load_backbone
 
-TIMED = 60  # steps of ours that are timed before its run
+TIMED = 120  # steps of ours that are timed before its run
 QUARTERS = 4  # evaluations of a run
 EXTRA = ("dfine_shipped", "deformable_shipped")  # only where asked for
 FINE = 1_000_000  # parts of a run that the schedule of a peer tells apart
