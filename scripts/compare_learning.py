@@ -17,10 +17,8 @@ Runs are comparable if nothing else kept the machine busy: `images_per_second` o
 from __future__ import annotations
 
 import argparse
-import copy
 import csv
 import json
-import math
 import statistics
 import tempfile
 import time
@@ -28,7 +26,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from learning_peers import OFFSETS, PEERS, STRIDES, Peer
@@ -37,7 +35,7 @@ from queryvision.assembly import resolve
 from queryvision.config import TrainSettings, load_config
 from queryvision.data.loader import BatchPlan, evaluation_loader, train_loader
 from queryvision.data.transforms import evaluation_transform, training_transform
-from queryvision.engine.optimisation import lr_factor, parameter_groups
+from queryvision.engine.optimisation import AveragedWeights, lr_factor, parameter_groups
 from queryvision.model.backbone import make_backbone
 from queryvision.runs import train
 from queryvision.splits import open_splits
@@ -113,7 +111,7 @@ class PeerRun:
         load_backbone(backbone, self.config.weights)
         self.peer = PEERS[name](backbone, len(self.train_data.classes))
         self.optimizer, self.rates = _optimizer(self.peer, self.settings, OFFSETS.get(name, 1.0))
-        self.average = copy.deepcopy(self.peer).requires_grad_(False).eval()
+        self.average = AveragedWeights(self.peer, self.settings.ema, self.settings.ema_warmup)
         self.step, self.seconds, self.images = 0, 0.0, 0
         self.batches = iter(self._loader())
 
@@ -142,20 +140,18 @@ class PeerRun:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step, self.images = self.step + 1, self.images + len(batch.images.pixels)
-        self.average.follow(self.peer, s.ema * (1 - math.exp(-self.step / s.ema_warmup)))
+        self.average.update(self.peer)
         self.seconds += time.perf_counter() - began
         return loss.item()
 
     def evaluate(self) -> dict[str, float]:
         """Held-out metrics of the averaged weights."""
-        settings, classes = self.config.evaluation, self.train_data.classes
+        settings, classes, averaged = self.config.evaluation, self.train_data.classes, cast(Peer, self.average.model)
         transform = evaluation_transform(self.config.data.side)
         loader = evaluation_loader(self.val_data, transform, len(classes), self.task.needs, settings.batch_size)
         evaluator = self.task.evaluator(self.val_data.ground_truth(), classes, settings.evaluator)
         for batch, infos in loader:
-            for info, result in zip(
-                infos, self.average.results(batch.images, classes, infos, settings.max_results), strict=True
-            ):
+            for info, result in zip(infos, averaged.results(batch.images, classes, infos, settings.max_results), strict=True):
                 evaluator.add(info.image_id, result)
         return evaluator.compute()
 

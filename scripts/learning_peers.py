@@ -100,17 +100,6 @@ class Peer(nn.Module):
             Result(scores[i], labels[i], classes, info.size, {"boxes": boxes[i]}, info.path) for i, info in enumerate(infos)
         ]
 
-    @torch.no_grad()
-    def follow(self, other: Peer, decay: float) -> None:
-        """Takes another peer's weights into a moving average; what `transformers` shares between two modules counts once."""
-        mine, theirs = ([*(p.detach() for p in model.parameters()), *model.buffers()] for model in (self, other))
-        pairs = list(zip(mine, theirs, strict=True))
-        averaged = [pair for pair in pairs if pair[0].is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in averaged], [b for _, b in averaged], 1 - decay)
-        for own, value in pairs:
-            if not own.is_floating_point():
-                own.copy_(value)
-
     def _inputs(self, images: ImageBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised pixels (B,3,H,W), mask (B,H,W) int64 with 1 = image, what boxes 0..1 are to be multiplied by (B,4)."""
         pixels = images.pixels.contiguous(memory_format=torch.channels_last)

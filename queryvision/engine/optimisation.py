@@ -164,7 +164,7 @@ class AveragedWeights:
         """Takes in the weights after an optimiser step; one fused operation over all of them."""
         self.updates += 1
         share = 1 - self.decay * (1 - math.exp(-self.updates / self.warmup))
-        mine, theirs = ([*m.parameters(), *m.buffers()] for m in (self.model, model))  # a state dict takes three times as long
+        mine, theirs = ([*m.parameters(), *m.buffers()] for m in (self.model, model))  # what two modules share counts once
         pairs = list(zip(mine, theirs, strict=True))
         averaged = [pair for pair in pairs if pair[0].is_floating_point()]
         torch._foreach_lerp_([own for own, _ in averaged], [value.detach() for _, value in averaged], share)

@@ -109,8 +109,8 @@ def memory_padding(features: Features) -> Tensor | None:
 def exact_ratios(features: Features) -> Tensor:
     """Share of (width, height) of each level's map that the unpadded image covers, to the pixel, (B,L,2) float32.
 
-    Places 0..1 of the image then lie on the cells that saw them, however far the last cell sticks out of the image: with images
-    of 130 pixels and a stride of 32, whole cells (`valid_ratios`) put them up to half an object beside.
+    Places 0..1 of the image then lie on the cells that saw them, however far the last cell sticks out of the image: with 130
+    pixels and a stride of 32, whole cells (`valid_ratios`) look up to 30 pixels beside.
     """
     assert features.extents is not None, "a backbone says how many cells its images are wide and high"
     levels = zip(features.extents.unbind(1), map_shapes(features), strict=True)
