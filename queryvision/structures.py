@@ -15,6 +15,8 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
+from queryvision.ops.sampling import lay_out
+
 FREE, NONE, VOID = -1, -2, -3
 """Pins that are no target's index: wants a match; taught as background; padding (no loss, seen by nobody)."""
 
@@ -125,6 +127,12 @@ class Memory:
     def placed(self) -> Tensor:
         """Tokens with their positions (B,N,D), the keys of dense attention; made when first asked for."""
         return self.tokens + self.positions
+
+    @cached_property
+    def canvas(self) -> Tensor:
+        """Tokens laid out to be sampled as they are (`ops.sampling.lay_out`), padding zeroed, float32 or wider."""
+        tokens = self.tokens.to(torch.promote_types(self.tokens.dtype, torch.float32))
+        return lay_out(tokens if self.padding is None else tokens.masked_fill(self.padding[..., None], 0.0), self.shapes)
 
 
 @dataclass

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from learning_peers import OFFSETS, PEERS, STRIDES, Peer
+from learning_peers import OFFSETS, PEERS, PUBLISHED_STRIDES, STRIDES, Peer
 
 from queryvision.assembly import resolve
 from queryvision.config import TrainSettings, load_config
@@ -106,7 +106,7 @@ class PeerRun:
         self.train_data, self.val_data = open_splits(self.config, self.task)
         torch.manual_seed(seed)
         model = self.config.model
-        strides = STRIDES.get(name, model["strides"])
+        strides = STRIDES.get(name, PUBLISHED_STRIDES)
         backbone = make_backbone(model["backbone"], strides, model["frozen_norm"], freeze=model["freeze"])
         load_backbone(backbone, self.config.weights)
         self.peer = PEERS[name](backbone, len(self.train_data.classes))

@@ -1,7 +1,8 @@
 """The detectors of `transformers` that `compare_learning.py` trains, on this project's backbone, batches and results.
 
 A peer has the sizes of the default configuration: width 128, one encoder layer, three decoder layers of four heads,
-feed-forward parts of 512, 100 queries, 40 denoising queries where it has any, no dropout. Other parts and losses are its own.
+feed-forward parts of 512, 100 queries, 40 denoising queries where it has any, no dropout. Other parts, the number of levels and
+losses are its own.
 `transformers` 5.23 differs from the published models in ways that cost a model that is trained from the start: a `_shipped`
 peer is left as it comes, the one without the suffix is repaired.
     rtdetrv2: gains of batch norms are 1, as published and as in PyTorch; shipped: drawn from N(0, 0.01).
@@ -247,5 +248,6 @@ PEERS: dict[str, Callable[[Backbone, int], Peer]] = {
     "deformable_shipped": lambda backbone, num_classes: deformable(backbone, num_classes, shipped=True),
     "detr": detr,
 }
-STRIDES = {"detr": (16,)}  # of the backbone's levels; DETR's single one as with DC5: at 32 an image would be 16 cells
+STRIDES = {"detr": (16,)}  # DETR's single level as with DC5: at 32 an image would be 16 cells
+PUBLISHED_STRIDES = (8, 16, 32)  # of the others
 OFFSETS = {"deformable": 0.1, "deformable_shipped": 0.1}  # rate of sampling offsets as a share of the others', as published

@@ -66,7 +66,13 @@ class DeformableAttention(nn.Module):
                 nn.init.zeros_(projection.bias)
 
     def forward(
-        self, query: Tensor, reference: Tensor, values: Tensor, shapes: Shapes, padding: Tensor | None = None
+        self,
+        query: Tensor,
+        reference: Tensor,
+        values: Tensor,
+        shapes: Shapes,
+        padding: Tensor | None = None,
+        canvas: Tensor | None = None,
     ) -> Tensor:
         """Sample the values around the references.
 
@@ -76,6 +82,7 @@ class DeformableAttention(nn.Module):
             values: (B,N,D), the levels behind each other, rows first.
             shapes: (H_l,W_l) of each level.
             padding: bool (B,N), True = padding, which counts as zero.
+            canvas: the values, padding zeroed, as `ops.sampling.lay_out` gives them; saves time where they are not projected.
 
         Returns:
             (B,Q,D).
@@ -90,18 +97,25 @@ class DeformableAttention(nn.Module):
         if self.value_proj is not None and few:
             found = self._sample_first(self.value_proj, values, shapes, padding, locations, weights)
         else:
-            found = self._project_first(values, shapes, padding, locations, weights)
+            found = self._project_first(values, shapes, padding, locations, weights, canvas)
         return found.flatten(2) if self.output_proj is None else self.output_proj(found.flatten(2))
 
     def _project_first(
-        self, values: Tensor, shapes: Shapes, padding: Tensor | None, locations: Tensor, weights: Tensor
+        self,
+        values: Tensor,
+        shapes: Shapes,
+        padding: Tensor | None,
+        locations: Tensor,
+        weights: Tensor,
+        canvas: Tensor | None,
     ) -> Tensor:
         """As published: each head samples its channels of the projected values. (B,Q,H,D/H)."""
-        projected = values if self.value_proj is None else self.value_proj(values)
-        if padding is not None:
-            projected = projected.masked_fill(padding[..., None], 0.0)
-        per_head = projected.view(*projected.shape[:2], self.num_heads, -1)
-        return sample_levels(per_head, shapes, self.num_points, locations, weights).to(projected.dtype)
+        if self.value_proj is not None:
+            values, canvas = self.value_proj(values), None
+        if padding is not None and canvas is None:
+            values = values.masked_fill(padding[..., None], 0.0)
+        per_head = values.view(*values.shape[:2], self.num_heads, -1)
+        return sample_levels(per_head, shapes, self.num_points, locations, weights, canvas).to(values.dtype)
 
     def _sample_first(
         self,

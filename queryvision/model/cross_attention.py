@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from queryvision.layers.attention import Attention
 from queryvision.layers.deformable import DeformableAttention
+from queryvision.ops.sampling import gathers_rows
 from queryvision.structures import Memory
 
 
@@ -86,4 +87,7 @@ class DeformableCrossAttention(nn.Module):
         memory = look.memory
         ratios = memory.valid_ratios.repeat(1, 1, places.shape[-1] // 2)
         reference = places[:, :, None] * ratios[:, None]
-        return self.attention(queries, reference, memory.tokens, memory.shapes, memory.padding)  # type: ignore[no-any-return]
+        shared = self.attention.value_proj is None and gathers_rows(memory.tokens)  # by all layers and slots
+        canvas = memory.canvas if shared else None
+        out: Tensor = self.attention(queries, reference, memory.tokens, memory.shapes, memory.padding, canvas)
+        return out

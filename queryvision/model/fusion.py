@@ -5,7 +5,8 @@ Legend: B images, C channels, D width. `real` is 1 on the image and 0 in padding
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from queryvision.layers.conv import ConvNorm, RepVgg
@@ -29,8 +30,8 @@ class CSPRep(nn.Module):
         self.bottlenecks = nn.ModuleList(RepVgg(hidden) for _ in range(num_blocks))
         self.conv3 = ConvNorm(hidden, out, activation="silu") if hidden != out else None
 
-    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
-        """(B,C,H,W) -> (B,out,H,W)."""
+    def forward(self, x: Tensor | Sequence[Tensor], real: Tensor | None = None) -> Tensor:
+        """(B,C,H,W), or parts of it (`layers.conv.pointwise`) -> (B,out,H,W)."""
         first = self.conv1(x)
         for block in self.bottlenecks:
             first = block(first, real)
@@ -58,12 +59,12 @@ class Elan(nn.Module):
         self.conv3 = ConvNorm(deep, deep, 3, activation="silu")
         self.conv4 = ConvNorm(2 * out + 2 * deep, out, activation="silu")
 
-    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
-        """(B,C,H,W) -> (B,out,H,W)."""
+    def forward(self, x: Tensor | Sequence[Tensor], real: Tensor | None = None) -> Tensor:
+        """(B,C,H,W), or parts of it (`layers.conv.pointwise`) -> (B,out,H,W)."""
         both = self.conv1(x)
         first = self.conv2(self.csp_rep1(both.chunk(2, 1)[1], real), real)
         second = self.conv3(self.csp_rep2(first, real), real)
-        return self.conv4(torch.cat((both, first, second), 1))  # type: ignore[no-any-return]
+        return self.conv4((both, first, second))  # type: ignore[no-any-return]
 
 
 class Downsample(nn.Module):

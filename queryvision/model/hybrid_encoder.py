@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from queryvision.layers.positions import grid_sines
@@ -26,9 +25,10 @@ class HybridEncoder(nn.Module):
     Args:
         layers: self-attention layers of the coarsest level; none: convolutions only.
         laterals: L-1, coarse to fine: a level before it is enlarged.
-        top_down: L-1, coarse to fine: (B,2D,H,W) of a level and the enlarged coarser one -> (B,D,H,W).
+        top_down: L-1, coarse to fine: the coarser level at half the size and a level, (B,D,H,W) each -> (B,D,H,W); they enlarge
+            the first themselves (`layers.conv.pointwise`).
         downsamples: L-1, fine to coarse: a level to half its size.
-        bottom_up: L-1, fine to coarse: like `top_down`.
+        bottom_up: L-1, fine to coarse: the finer level, made smaller, and a level (B,D,H,W) each -> (B,D,H,W).
         projections: L, finest first, to the decoder's width.
     """
 
@@ -58,10 +58,10 @@ class HybridEncoder(nn.Module):
         for step, (lateral, fuse) in enumerate(zip(self.lateral_convs, self.fpn_blocks, strict=True)):
             fine = len(maps) - 2 - step
             maps[fine + 1] = lateral(maps[fine + 1], real[fine + 1])
-            maps[fine] = fuse(torch.cat((_enlarged(maps[fine + 1], maps[fine]), maps[fine]), 1), real[fine])
+            maps[fine] = fuse((maps[fine + 1], maps[fine]), real[fine])
         for level, (reduce, fuse) in enumerate(zip(self.downsample_convs, self.pan_blocks, strict=True), 1):
             smaller = reduce(maps[level - 1], real[level - 1])
-            maps[level] = fuse(torch.cat((smaller, maps[level]), 1), real[level])
+            maps[level] = fuse((smaller, maps[level]), real[level])
         maps = [project(m) for project, m in zip(self.projections, maps, strict=True)]
         fused = replace(features, maps=maps)
         tokens = self.flatten(fused)
@@ -77,9 +77,3 @@ class HybridEncoder(nn.Module):
         for layer in self.layers:
             tokens = layer(tokens, positions, hidden)
         return tokens.transpose(1, 2).reshape(coarsest.shape).contiguous(memory_format=torch.channels_last)
-
-
-def _enlarged(coarse: Tensor, fine: Tensor) -> Tensor:
-    """Twice the size by the nearest cell, less the row and column that an odd fine map lacks."""
-    large = F.interpolate(coarse, scale_factor=2.0, mode="nearest")
-    return large[..., : fine.shape[2], : fine.shape[3]]

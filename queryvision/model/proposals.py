@@ -195,6 +195,5 @@ def grid_anchors(memory: Memory, size: float = 0.05) -> tuple[Tensor, Tensor]:
 
 
 def _rows(values: Tensor, index: Tensor) -> Tensor:
-    """Rows (B,k) of (B,N,...) -> (B,k,...)."""
-    view = index.view(*index.shape, *[1] * (values.ndim - 2))
-    return values.gather(1, view.expand(*index.shape, *values.shape[2:]))
+    """Rows (B,k) of (B,N,...) -> (B,k,...); unlike `gather`, it keeps no copy of the values for the backward pass."""
+    return values[torch.arange(len(index), device=index.device)[:, None], index]

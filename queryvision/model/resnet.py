@@ -6,7 +6,7 @@ Legend: B images, L levels, C_l channels of a level.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from queryvision.errors import ConfigError, nearest
 from queryvision.model.backbone_base import Backbone, check_freeze
+from queryvision.model.folding import fold
 
 RESNET_STRIDES = (4, 8, 16, 32)  # of stages 1 to 4
 
@@ -27,18 +28,6 @@ def resnets() -> list[str]:
         for n in torchvision.models.list_models(module=torchvision.models)
         if n.startswith(("resnet", "resnext", "wide_resnet"))
     ]
-
-
-def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
-    """Convolution and batch norm; a frozen norm is a constant scale and shift, so it is folded into the weights.
-
-    Exact, also in training: the gradient reaches the weights through the product, and the norm's pass over the map is saved.
-    """
-    if not isinstance(norm, FrozenBatchNorm2d):
-        return norm(conv(x))  # type: ignore[no-any-return]
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    weight = conv.weight * scale[:, None, None, None]
-    return F.conv2d(x, weight, norm.bias - norm.running_mean * scale, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 class ResNet(Backbone):
@@ -79,6 +68,8 @@ class ResNet(Backbone):
         for _, module in parts[:freeze]:
             module.requires_grad_(False)
         self.to(memory_format=torch.channels_last)
+        if frozen_norm:
+            fold(self.body, lambda: self.maps(torch.zeros(1, 3, 64, 64, requires_grad=True)))
         self.train(self.training)
 
     def _width(self, stage: int) -> int:
@@ -94,25 +85,11 @@ class ResNet(Backbone):
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
         """See `Backbone.maps`."""
-        x = F.relu(conv_norm(cast(nn.Conv2d, self.body["conv1"]), self.body["bn1"], pixels), inplace=True)
+        x = F.relu(self.body["bn1"](self.body["conv1"](pixels)), inplace=True)
         x = F.max_pool2d(x, 3, 2, 1)
         maps = []
         for stage in self.stages:
-            for block in cast(nn.Sequential, self.body[f"layer{stage}"]):
-                x = _residual(block, x)
+            x = self.body[f"layer{stage}"](x)
             if stage in self.levels:
                 maps.append(x)
         return maps
-
-
-def _residual(block: Any, x: Tensor) -> Tensor:
-    """Torchvision's BasicBlock or Bottleneck with `conv_norm`."""
-    steps = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
-    if hasattr(block, "conv3"):
-        steps.append((block.conv3, block.bn3))
-    out = x
-    for conv, norm in steps[:-1]:
-        out = F.relu(conv_norm(conv, norm, out), inplace=True)
-    out = conv_norm(*steps[-1], out)
-    shortcut = x if block.downsample is None else conv_norm(block.downsample[0], block.downsample[1], x)
-    return F.relu(out.add_(shortcut), inplace=True)

@@ -11,12 +11,13 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers.norm_act import freeze_batch_norm_2d
 from timm.models.resnet import downsample_avg
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from queryvision.errors import ConfigError
 from queryvision.model.backbone_base import IMAGENET_MEAN, IMAGENET_STD, check_freeze
+from queryvision.model.folding import fold, graph_nodes
 
 ANY_SIZE: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
 """What makes models accept any image size: ViTs and newer Swins, older Swins; convolutional models need nothing."""
@@ -131,13 +132,12 @@ def prepare(
     for _, parameters in parts[:freeze]:
         for parameter in parameters:
             parameter.requires_grad_(False)
-    if frozen_norm:
-        for norm in body.modules():
-            if isinstance(norm, _BatchNorm):
-                norm.requires_grad_(False)
     narrow = has_narrow_steps(body)
     if not narrow:
         body.to(memory_format=torch.channels_last)
+    if frozen_norm:
+        body = freeze_batch_norm_2d(body)  # type: ignore[no-untyped-call]
+        fold(body, lambda: _probe(body, [chosen[-1].index], 2 * multiple, 3 * multiple))
     mean, std = (tuple(config.mean), tuple(config.std)) if config is not None else (IMAGENET_MEAN, IMAGENET_STD)
     if name.endswith(f".{UNIT}"):
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -170,12 +170,13 @@ def _try_sizes(name: str, body: Any, kept: Sequence[Level], chosen: Sequence[Lev
 
 
 def _probe(body: nn.Module, indices: list[int], height: int, width: int) -> list[Tensor]:
-    """Maps of an empty image, in evaluation mode: no statistics move and nothing is drawn."""
+    """Maps of an empty image that wants a gradient, in evaluation mode: no statistics move and nothing is drawn."""
     training, at = body.training, next(body.parameters())
     body.eval()
     try:
         with torch.enable_grad():
-            return body_maps(body, indices, torch.zeros(1, 3, height, width, device=at.device, dtype=at.dtype))
+            pixels = torch.zeros(1, 3, height, width, device=at.device, dtype=at.dtype, requires_grad=True)
+            return body_maps(body, indices, pixels)
     finally:
         body.train(training)
 
@@ -196,16 +197,7 @@ def body_maps(body: Any, indices: list[int], pixels: Tensor) -> list[Tensor]:
 
 def reached_from(maps: Sequence[Tensor]) -> set[int]:
     """`id` of every parameter that the maps depend on, read from their graph."""
-    found, seen, waiting = set(), set(), [m.grad_fn for m in maps]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
-        waiting.extend(before for before, _ in node.next_functions)
-    return found
+    return {id(node.variable) for node in graph_nodes(maps) if hasattr(node, "variable")}
 
 
 def parts_of(body: nn.Module, levels: Sequence[Level], maps: Sequence[Tensor]) -> list[tuple[str, list[nn.Parameter]]]:

@@ -23,7 +23,14 @@ from torch.jit import is_tracing  # type: ignore[attr-defined]
 Shapes = tuple[tuple[int, int], ...]
 
 
-def sample_levels(values: Tensor, shapes: Shapes, points: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
+def sample_levels(
+    values: Tensor,
+    shapes: Shapes,
+    points: Sequence[int],
+    locations: Tensor,
+    weights: Tensor,
+    canvas: Tensor | None = None,
+) -> Tensor:
     """Weighted sum of the bilinear samples of all levels and points. A map is zero outside.
 
     Args:
@@ -33,12 +40,14 @@ def sample_levels(values: Tensor, shapes: Shapes, points: Sequence[int], locatio
         locations: (B,Q,H,P,2) x y, 0..1 from edge to edge of the level's map; level by level. Float32 or wider, whatever the
             values are.
         weights: (B,Q,H,P), of the type of the locations.
+        canvas: the same values as `lay_out` gives them, where they are sampled more than once; of the type of the locations.
 
     Returns:
         (B,Q,H,C), of the type of the locations, which is the type of the arithmetic too.
     """
-    sample = sample_by_rows if gathers_rows(values) else sample_by_grid
-    return sample(values.to(locations.dtype), shapes, points, locations, weights)
+    if not gathers_rows(values):
+        return sample_by_grid(values.to(locations.dtype), shapes, points, locations, weights)
+    return sample_by_rows(values.to(locations.dtype), shapes, points, locations, weights, canvas)
 
 
 def gathers_rows(values: Tensor) -> bool:
@@ -62,17 +71,32 @@ def sample_by_grid(values: Tensor, shapes: Shapes, points: Sequence[int], locati
     return torch.stack(sums).sum(0).view(batch, heads, -1, queries).permute(0, 3, 1, 2)
 
 
-def sample_by_rows(values: Tensor, shapes: Shapes, points: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
-    """`sample_levels` as weighted sums of table rows.
+def lay_out(values: Tensor, shapes: Shapes) -> Tensor:
+    """All levels below each other on one canvas, each with a border of zeros: (B,N,D) -> (B,cells,D).
 
-    All levels lie below each other on one canvas, each with a border of zeros. So no sample needs a mask, and the four corners
-    of a cell are the same four steps apart on every level.
+    So no sample needs a mask, and the four corners of a cell are the same four steps apart on every level.
     """
+    stride = _stride(shapes)
+    parts = torch.split(values, [h * w for h, w in shapes], 1)
+    return torch.cat([_bordered(part, shape, stride) for part, shape in zip(parts, shapes, strict=True)], 1)
+
+
+def _stride(shapes: Shapes) -> int:
+    return max(w for _, w in shapes) + 2
+
+
+def sample_by_rows(
+    values: Tensor,
+    shapes: Shapes,
+    points: Sequence[int],
+    locations: Tensor,
+    weights: Tensor,
+    canvas: Tensor | None = None,
+) -> Tensor:
+    """`sample_levels` as weighted sums of the canvas's rows."""
     batch, _, table_heads, channels = values.shape
-    heads = locations.shape[2]
-    stride = max(w for _, w in shapes) + 2
-    parts = torch.split(values.flatten(2), [h * w for h, w in shapes], 1)
-    canvas = torch.cat([_bordered(part, shape, stride) for part, shape in zip(parts, shapes, strict=True)], 1)
+    heads, stride = locations.shape[2], _stride(shapes)
+    canvas = lay_out(values.flatten(2), shapes) if canvas is None else canvas
     cells = canvas.shape[1]
 
     cell, x, y = _cells(locations, shapes, points, stride)
