@@ -9,8 +9,8 @@ weights, held-out AP by the project's own evaluator. Models and their losses dif
 
 Minutes are wall-clock minutes of training on the threads that torch has, reading of batches included; building, evaluating and
 saving are not. A run has `--minutes` of them and is evaluated at every quarter. A peer's schedule follows the elapsed minutes.
-Ours follows its steps, whose number is chosen by timing a short run first: it may take a little more or less than `--minutes`,
-and the CSV has what it took.
+Ours follows its steps, whose number is chosen by timing a short run first: it may take a little more or less than `--minutes`;
+the CSV has what it took, and the table what it had after the minutes named there.
 Runs are comparable if nothing else kept the machine busy: `images_per_second` of a model should be the same for all seeds.
 """
 
@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from learning_peers import OFFSETS, PEERS, PUBLISHED_STRIDES, STRIDES, Peer
 
@@ -217,12 +218,17 @@ def label(row: Row) -> str:
 
 
 def curves(rows: Sequence[Row], minutes: float) -> dict[str, dict[int, list[Row]]]:
-    """{label: {seed: its evaluations in order}} of the runs of so many minutes."""
+    """{label: {seed: its evaluations in order}} of the runs of so many minutes on as many threads as torch has."""
     found: dict[str, dict[int, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        if row.budget == minutes:
+        if (row.budget, row.threads) == (minutes, torch.get_num_threads()):
             found[label(row)][row.seed].append(row)
     return found
+
+
+def ap_after(run: Sequence[Row], minutes: float) -> float:
+    """AP of a run after so many minutes, between two evaluations on the line through them; its last one beyond them."""
+    return float(np.interp(minutes, [0.0, *(row.minutes for row in run)], [0.0, *(row.AP for row in run)]))
 
 
 def table(rows: Sequence[Row], minutes: float) -> str:
@@ -233,7 +239,7 @@ def table(rows: Sequence[Row], minutes: float) -> str:
     for name, seeds in curves(rows, minutes).items():
         cells = []
         for quarter in quarters:
-            values = [100 * run[quarter - 1].AP for run in seeds.values()]
+            values = [100 * ap_after(run, minutes * quarter / QUARTERS) for run in seeds.values()]
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}")
         speed = statistics.mean(run[-1].images_per_second for run in seeds.values())
@@ -268,23 +274,28 @@ def main() -> None:
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--minutes", type=float, default=10.0, help="of training, of each run; also which runs are shown")
     parser.add_argument("--lr", type=float, help="of the peers; ours has its own. Default: that of the default configuration")
+    parser.add_argument(
+        "--threads", type=int, help="of torch; default: as many as it takes by itself. Runs on as many are shown"
+    )
     parser.add_argument("--csv", type=Path, default=Path("docs/learning.csv"))
     parser.add_argument("--plot", type=Path, default=Path("docs/learning.png"))
     parser.add_argument("--skip-done", action="store_true", help="leave out what the CSV already has")
     parser.add_argument("--plot-only", action="store_true", help="train nothing")
     parser.add_argument("--table", action="store_true", help="print a markdown table")
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     own = load_config("detection").train.lr
     for seed, name in [] if options.plot_only else [(s, m) for s in options.seed for m in options.model]:
         lr = own if name == "ours" or options.lr is None else options.lr
-        done = {(row.model, row.seed, row.budget, row.lr) for row in read(options.csv)}
-        if options.skip_done and (name, seed, options.minutes, lr) in done:
+        done = {(row.model, row.seed, row.budget, row.lr, row.threads) for row in read(options.csv)}
+        if options.skip_done and (name, seed, options.minutes, lr, torch.get_num_threads()) in done:
             print(f"{name}, seed {seed}: is in {options.csv}")
             continue
         append(run_ours(seed, options.minutes) if name == "ours" else PeerRun(name, seed, lr).run(options.minutes), options.csv)
     rows = read(options.csv)
     if not curves(rows, options.minutes):
-        parser.error(f"{options.csv} has no run of {options.minutes:g} minutes")
+        parser.error(f"{options.csv} has no run of {options.minutes:g} minutes on {torch.get_num_threads()} threads")
     plot(rows, options.minutes, options.plot)
     if options.table:
         print(table(rows, options.minutes))

@@ -51,7 +51,7 @@ OURS: dict[str, Callable[[], torch.nn.Module]] = {
     "dino without denoising": lambda: dino_r50(CLASSES, denoising=0),
     "rtdetrv2": lambda: rtdetrv2_r18(CLASSES, frozen_norm=True),
     "dfine": lambda: dfine_s(CLASSES, frozen_norm=True),
-    "laptop default": lambda: dfine_small(CLASSES),
+    "laptop": lambda: dfine_small(CLASSES),
 }
 REAL_TIME = ("rtdetrv2", "dfine")
 """Models whose peers take images of sides that are multiples of 32 only, and train their whole backbone."""
@@ -93,7 +93,7 @@ class Transformers:
             self.model = peer_detr(dropout) if name == "detr" else peer_deformable(dropout, name == "dino")
             self._freeze()
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameters, lr=1e-6)
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
 
     def _freeze(self) -> None:
         for key, parameter in self.model.model.backbone.named_parameters():

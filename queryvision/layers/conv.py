@@ -56,6 +56,7 @@ class ConvNorm(nn.Module):
 
     def _convolve(self, x: Tensor | Sequence[Tensor], real: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not isinstance(x, Tensor):
+            assert (self.conv.kernel_size, self.conv.stride, self.conv.groups) == ((1, 1), (1, 1), 1)
             return pointwise(x, weight, bias)
         if real is not None and self.conv.kernel_size[0] > 1:
             x = x * real

@@ -112,7 +112,7 @@ class DeformableAttention(nn.Module):
         """As published: each head samples its channels of the projected values. (B,Q,H,D/H)."""
         if self.value_proj is not None:
             values, canvas = self.value_proj(values), None
-        if padding is not None and canvas is None:
+        if padding is not None and (canvas is None or not gathers_rows(values)):  # the canvas has no padding
             values = values.masked_fill(padding[..., None], 0.0)
         per_head = values.view(*values.shape[:2], self.num_heads, -1)
         return sample_levels(per_head, shapes, self.num_points, locations, weights, canvas).to(values.dtype)

@@ -1,7 +1,7 @@
 """Frozen batch norms folded into the convolutions before them.
 
 A frozen norm is a constant scale and shift, so the convolution can do its work: exact, also for gradients, and neither a pass
-over the map nor its copy for the backward pass is needed. Folding happens at each call; nothing is stored.
+over the map nor a copy for the backward pass is needed. Folding happens at each call; names and values of all weights stay.
 """
 
 from __future__ import annotations
@@ -10,36 +10,54 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from timm.layers.norm_act import FrozenBatchNormAct2d
+import torch
+from timm.layers.conv2d_same import Conv2dSame, conv2d_same
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 
 class FoldedConv(nn.Conv2d):
-    """A convolution that does the work of the norm behind it, too; its weights keep their name and their values."""
+    """A convolution that does the work of the norm behind it, too. Not for `nn.DataParallel`, whose copies share that norm."""
 
     norm: tuple[Any]  # in a tuple, so that it is no part of this module
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        (norm,) = self.norm
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        shift = norm.bias - norm.running_mean * scale
-        if bias is not None:
-            shift = shift + bias * scale
-        out: Tensor = super()._conv_forward(x, weight * scale[:, None, None, None], shift)
+        out: Tensor = super()._conv_forward(x, *_folded(self.norm[0], weight, bias))
         return out
 
 
-class FoldedNorm(FrozenBatchNorm2d):  # type: ignore[misc]
-    """A frozen norm whose work is done."""
+class FoldedConvSame(Conv2dSame):
+    """The same with TensorFlow's padding."""
+
+    norm: tuple[Any]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,C,H,W) -> (B,out,ceil(H / stride),ceil(W / stride))."""
+        weight, bias = _folded(self.norm[0], self.weight, self.bias)
+        out: Tensor = conv2d_same(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
+        return out
+
+
+def _folded(norm: Any, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    shift = norm.bias - norm.running_mean * scale
+    return weight * scale[:, None, None, None], shift if bias is None else shift + bias * scale
+
+
+class FoldedNorm(nn.Module):
+    """A frozen norm whose work is done; no batch norm any more, so that nothing takes it for one that could be trained."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Nothing is left to do."""
         return x
 
 
-class FoldedNormAct(FrozenBatchNormAct2d):
-    """A frozen norm with an activation, of which only the second is left to do."""
+class FoldedNormAct(FoldedNorm):
+    """A frozen norm of timm's with an activation, of which only that is left to do."""
+
+    drop: nn.Module
+    act: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
         """The activation."""
@@ -47,42 +65,58 @@ class FoldedNormAct(FrozenBatchNormAct2d):
         return out
 
 
-FOLDED = {FrozenBatchNorm2d: FoldedNorm, FrozenBatchNormAct2d: FoldedNormAct}
+class FoldedFrozenNorm(FrozenBatchNorm2d):  # type: ignore[misc]
+    """A frozen norm of torchvision's whose work is done."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Nothing is left to do."""
+        return x
+
+
+CONVOLUTIONS = {nn.Conv2d: FoldedConv, Conv2dSame: FoldedConvSame}
+NORMS = {nn.BatchNorm2d: FoldedNorm, BatchNormAct2d: FoldedNormAct, FrozenBatchNorm2d: FoldedFrozenNorm}
 
 
 def fold(body: nn.Module, run: Callable[[], Sequence[Tensor]]) -> None:
     """Folds, in place, every frozen norm that alone reads the output of a convolution.
 
     Args:
-        body: whose norms are `FrozenBatchNorm2d` or timm's `FrozenBatchNormAct2d`; others stay as they are.
-        run: calls the body on a small image that wants a gradient, and returns the maps.
+        body: its norms that have no trained weights are folded; they must not be trained later.
+        run: calls the body on a small image that wants a gradient, without moving statistics, and returns all maps it is for.
     """
-    made: dict[int, tuple[nn.Conv2d, Tensor]] = {}
-    pairs: list[tuple[nn.Conv2d, Any, Tensor]] = []
+    frozen = {norm for norm in body.modules() if type(norm) in NORMS and not getattr(norm.weight, "requires_grad", True)}
+    if not frozen:
+        return
+    made: dict[int, tuple[nn.Module, Tensor, Any, int]] = {}
+    pairs: list[tuple[Any, Any, Any]] = []
     calls: Counter[nn.Module] = Counter()
 
     def after(conv: nn.Module, _: Any, out: Tensor) -> None:
-        made[id(out)] = conv, out  # type: ignore[assignment]
+        calls[conv] += 1
+        made[id(out)] = conv, out, out.grad_fn, out._version
 
     def before(norm: nn.Module, given: tuple[Tensor, ...]) -> None:
         calls[norm] += 1
-        if id(given[0]) in made:
-            conv, out = made[id(given[0])]
-            calls[conv] += 1
-            pairs.append((conv, norm, out))
+        x = given[0]
+        if id(x) in made:
+            conv, _, node, version = made[id(x)]
+            if x.grad_fn is node and x._version == version:
+                pairs.append((conv, norm, node))
 
-    hooks = [module.register_forward_hook(after) for module in body.modules() if type(module) is nn.Conv2d]
-    hooks += [module.register_forward_pre_hook(before) for module in body.modules() if type(module) in FOLDED]
+    hooks = [module.register_forward_hook(after) for module in body.modules() if type(module) in CONVOLUTIONS]
+    hooks += [norm.register_forward_pre_hook(before) for norm in frozen]
     try:
-        maps = run()
+        with torch.enable_grad():
+            maps = run()
     finally:
         for hook in hooks:
             hook.remove()
-    readers = Counter(before for node in graph_nodes(maps) for before, _ in node.next_functions)
-    for conv, norm, out in pairs:
-        if calls[conv] == calls[norm] == 1 and readers[out.grad_fn] == 1:
-            conv.__class__, norm.__class__ = FoldedConv, FOLDED[type(norm)]
-            conv.norm = (norm,)  # type: ignore[assignment]
+    readers = Counter(reader for node in graph_nodes(maps) for reader, _ in node.next_functions)
+    readers.update(m.grad_fn for m in maps)
+    for conv, norm, node in pairs:
+        if calls[conv] == calls[norm] == 1 and readers[node] == 1:
+            conv.__class__, norm.__class__ = CONVOLUTIONS[type(conv)], NORMS[type(norm)]
+            conv.norm = (norm,)
 
 
 def graph_nodes(outputs: Sequence[Tensor]) -> Iterator[Any]:

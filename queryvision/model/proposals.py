@@ -195,5 +195,5 @@ def grid_anchors(memory: Memory, size: float = 0.05) -> tuple[Tensor, Tensor]:
 
 
 def _rows(values: Tensor, index: Tensor) -> Tensor:
-    """Rows (B,k) of (B,N,...) -> (B,k,...); unlike `gather`, it keeps no copy of the values for the backward pass."""
-    return values[torch.arange(len(index), device=index.device)[:, None], index]
+    """Rows (B,k) of (B,N,...) -> (B,k,...); unlike `gather`, it does not keep the values for the backward pass."""
+    return values[torch.arange(index.shape[0], device=index.device)[:, None], index]

@@ -11,9 +11,9 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers.norm_act import freeze_batch_norm_2d
 from timm.models.resnet import downsample_avg
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from queryvision.errors import ConfigError
 from queryvision.model.backbone_base import IMAGENET_MEAN, IMAGENET_STD, check_freeze
@@ -136,8 +136,10 @@ def prepare(
     if not narrow:
         body.to(memory_format=torch.channels_last)
     if frozen_norm:
-        body = freeze_batch_norm_2d(body)  # type: ignore[no-untyped-call]
-        fold(body, lambda: _probe(body, [chosen[-1].index], 2 * multiple, 3 * multiple))
+        for norm in body.modules():
+            if isinstance(norm, _BatchNorm):
+                norm.requires_grad_(False)
+        fold(body, lambda: _probe(body, [level.index for level in chosen], 2 * multiple, 3 * multiple))
     mean, std = (tuple(config.mean), tuple(config.std)) if config is not None else (IMAGENET_MEAN, IMAGENET_STD)
     if name.endswith(f".{UNIT}"):
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)

@@ -47,7 +47,8 @@ def sample_levels(
     """
     if not gathers_rows(values):
         return sample_by_grid(values.to(locations.dtype), shapes, points, locations, weights)
-    return sample_by_rows(values.to(locations.dtype), shapes, points, locations, weights, canvas)
+    values = values.to(locations.dtype) if canvas is None else values
+    return sample_by_rows(values, shapes, points, locations, weights, canvas)
 
 
 def gathers_rows(values: Tensor) -> bool:

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from queryvision.layers.conv import RepVgg, pointwise
+from queryvision.layers.deformable import DeformableAttention
 from queryvision.ops.norm_silu import norm_silu
 from queryvision.ops.sampling import lay_out, sample_by_rows
+from queryvision.structures import Memory
 
 
 def norms_of(branches: int, channels: int) -> nn.ModuleList:
@@ -57,19 +59,29 @@ def test_norm_and_silu_keep_one_map_a_branch() -> None:
     assert len(maps) == 3, "what the block is given, and what its two norms are given"
 
 
-@pytest.mark.parametrize("case", ["evaluation", "no gradient", "batch of one place", "bfloat16", "another norm"])
-def test_norm_and_silu_where_less_is_to_be_kept_or_nothing(case: str) -> None:
+def test_half_precision_maps_give_the_same_gradients() -> None:
     torch.manual_seed(0)
     (norm,) = norms_of(1, 3).float()
-    x = torch.randn(2, 3, 1 if case == "batch of one place" else 4, 1)
-    if case == "evaluation":
-        norm.eval()
-    if case == "another norm":
-        norm = nn.GroupNorm(1, 3)
-    if case == "bfloat16":
-        x = x.bfloat16()
-    with torch.set_grad_enabled(case != "no gradient"):
-        torch.testing.assert_close(norm_silu([x], [norm]), F.silu(copy.deepcopy(norm)(x)))
+    x, weight = torch.randn(2, 3, 4, 4).bfloat16().requires_grad_(), torch.randn(2, 3, 4, 4)
+    outputs = norm_silu([x], [norm]), F.silu(copy.deepcopy(norm)(x))
+    assert outputs[0].dtype == torch.bfloat16
+    mine, theirs = (torch.autograd.grad((out * weight).sum(), x)[0] for out in outputs)
+    torch.testing.assert_close(mine, theirs, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("case", ["another norm", "evaluation", "no statistics"])
+def test_norms_of_other_kinds_do_what_they_do(case: str) -> None:
+    norm = nn.GroupNorm(1, 3) if case == "another norm" else nn.BatchNorm2d(3, track_running_stats=case == "evaluation")
+    norm.train(case != "evaluation")
+    x = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(norm_silu([x], [norm]), F.silu(norm(x)))
+
+
+def test_one_value_a_channel_is_refused_as_by_torch() -> None:
+    norm = nn.BatchNorm2d(3)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        norm_silu([torch.randn(1, 3, 1, 1)], [norm])
+    assert norm.running_var.isfinite().all()
 
 
 @pytest.mark.parametrize("height", [6, 7])
@@ -91,3 +103,23 @@ def test_a_canvas_made_before_is_sampled_the_same() -> None:
     canvas = lay_out(values.flatten(2), shapes)
     found = sample_by_rows(torch.zeros_like(values), shapes, (2, 1), locations, weights, canvas)
     assert torch.equal(found, sample_by_rows(values, shapes, (2, 1), locations, weights))
+
+
+def test_a_shared_canvas_is_without_padding_and_its_gradients_add_up() -> None:
+    torch.manual_seed(0)
+    padding = torch.zeros(2, 21, dtype=torch.bool)
+    padding[1, [4, 9, 14, 17, 20]] = True
+    look = [torch.randn(2, 6, 8), torch.rand(2, 6, 2, 4)]
+    layers = [DeformableAttention(8, 2, 2, 3, project=False) for _ in range(2)]
+    tokens = torch.randn(2, 21, 8)
+    gradients = []
+    for shared in (True, False):
+        given = tokens.clone().requires_grad_()
+        memory = Memory(given, torch.zeros(1), ((3, 5), (2, 3)), padding, torch.ones(2, 2, 2))
+        out = sum(
+            layer(*look, memory.tokens, memory.shapes, padding, memory.canvas if shared else None).square().sum()
+            for layer in layers
+        )
+        gradients.append(torch.autograd.grad(out, given)[0])
+    assert not gradients[0][padding].any() and gradients[0].abs().max() > 0.1
+    torch.testing.assert_close(*gradients)

@@ -56,8 +56,8 @@ def test_several_levels_and_proposals_have_their_lines() -> None:
     steps = trace("default", "128x96")
     found = shapes(steps)
     assert found["image"] == "(1,3,128,96)"
-    assert [step.shape for step in steps if step.part == "neck"] == ["(1,128,16,12)", "(1,128,8,6)", "(1,128,4,3)"]
-    assert found["memory"] == "(1,252,128)"
+    assert [step.shape for step in steps if step.part == "neck"] == ["(1,128,16,12)", "(1,128,8,6)"]
+    assert found["memory"] == "(1,240,128)"
     assert found["decoder"] == "(1,100,128)"
     boxes = [step for step in steps if step.part.startswith("head 'boxes'") and step.what == "boxes"]
     places = ["proposals", "first guess", "layer 1", "layer 2"]

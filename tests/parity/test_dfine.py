@@ -370,6 +370,46 @@ def by_hand(
     return {name: WEIGHTS[name] * value for name, value in row.items()}
 
 
+@pytest.mark.parametrize("labels", [[[1, 2, 2, 0], [4]], [[], [1, 4]]])
+def test_with_pairs_of_each_stage_all_losses_are_those_of_transformers(labels: list[list[int]]) -> None:
+    """Which has no union of pairs; the first guess is handed to it as one more layer without distributions."""
+    targets, queries = targets_of(labels), 8
+    drawn = {name: drawn_stage(targets, count, queries, seed) for name, count, seed in (
+        ("proposal", 1, 3), ("initial", 1, 2), ("layer", 3, 1)
+    )}  # fmt: skip
+    end = {name: value[-1] for name, value in drawn["layer"].items()}
+    index = torch.zeros(2, queries, dtype=torch.long)
+    rounds = [round_of(x, name, end, **({"proposal_index": index} if name == "proposal" else {})) for name, x in drawn.items()]
+    heads = heads_of()
+    heads["boxes"].matched_by = "stage"
+    mine = Criterion(heads, STEERING)(Outputs(rounds), targets)
+
+    plain = [{"logits": drawn[name]["logits"][0], "pred_boxes": drawn[name]["boxes"][0]} for name in ("proposal", "initial")]
+    layers = [
+        {"logits": logits, "pred_boxes": boxes, "pred_corners": corners.flatten(2), "ref_points": reference,
+         "teacher_corners": end["corners"].flatten(2), "teacher_logits": end["logits"]}
+        for logits, boxes, corners, reference in zip(*drawn["layer"].values(), strict=True)
+    ]  # fmt: skip
+    judge = DFineLoss(DFineConfig(num_labels=5))
+    wanted = judge({**layers[-1], "auxiliary_outputs": [*plain, *layers[:-1]]}, peer_targets(targets))
+    names = {"labels.class": "vfl", "boxes.l1": "bbox", "boxes.giou": "giou", "boxes.fgl": "fgl", "boxes.ddf": "ddf"}
+    stages = [{n: t[i] for n, t in terms.items()} for terms in mine.stages for i in range(len(terms["boxes.l1"]))]
+    compared = 0
+    for row, tail in zip(stages, ["_aux_0", "_aux_1", "_aux_2", "_aux_3", ""], strict=True):
+        for own, theirs_name in names.items():
+            key = f"loss_{theirs_name}{tail}"
+            if key in wanted:
+                close(row[own], wanted[key], 1e-4 * max(1.0, float(wanted[key].detach())))
+                compared += 1
+    assert compared == len(wanted) == 2 * 3 + 3 * 5 and wanted["loss_ddf_aux_3"] > 0.01
+    inputs = [drawn["layer"][name] for name in ("logits", "boxes", "corners")]
+    for found, expected in zip(
+        torch.autograd.grad(mine.total, inputs), torch.autograd.grad(sum(wanted.values()), inputs), strict=True
+    ):
+        assert expected.abs().max() > 1e-3
+        close(found, expected, 1e-5)
+
+
 @pytest.mark.parametrize("labels", [[[1, 2, 2, 0], [4]], [[2, 0, 3, 1], [3, 3, 1, 2]], [[], [1, 4]]])
 def test_all_losses_are_those_of_the_published_criterion(labels: list[list[int]]) -> None:
     """Padding of denoising queries apart, which is taught there and not here."""
