@@ -167,11 +167,19 @@ def test_the_loss_falls_on_real_data(name: str, real_data, tmp_path: Path) -> No
     assert losses[-1] < 0.95 * losses[0], losses
 
 
-def test_denoising_resumes_bit_for_bit(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Noise, deformable attention and proposals hold the promise, too."""
-    settings = ["model.name=dino", "model.backbone=resnet18", "model.width=32", "model.num_heads=4", "model.num_levels=3",
-                "model.ffn_width=32", "model.encoder_layers=1", "model.decoder_layers=2", "model.num_queries=12",
-                "model.denoising=6", "train.save_every=3", "train.log_every=3", "evaluation.pictures=0"]  # fmt: skip
+@pytest.mark.parametrize(
+    "own",
+    [
+        ["model.name=dino", "model.num_heads=4", "model.num_levels=3"],
+        ["model.name=dfine_small", "model.frozen_norm=false", "data.mosaic=0.5", "data.mixup=0.5", "data.copy_blend=0.5"],
+    ],
+    ids=["dino", "dfine"],
+)
+def test_denoising_resumes_bit_for_bit(own: list[str], scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise, deformable attention, proposals, live norms and mixed images hold the promise, too."""
+    settings = [*own, "model.backbone=resnet18", "model.width=32", "model.ffn_width=32", "model.encoder_layers=1",
+                "model.decoder_layers=2", "model.num_queries=12", "model.denoising=6", "train.save_every=3",
+                "train.log_every=3", "evaluation.pictures=0"]  # fmt: skip
 
     def run(output: Path, **more: Any) -> dict[str, torch.Tensor]:
         folder = queryvision.train(
@@ -179,8 +187,8 @@ def test_denoising_resumes_bit_for_bit(scenes: Path, tmp_path: Path, monkeypatch
         )
         return {**load_checkpoint(folder / "last.pt")["model"], **load_checkpoint(folder / "last.pt")["ema"]}
 
-    config = tmp_path / "dino.yaml"
-    config.write_text("task: detection\nname: dino\n")
+    config = tmp_path / "run.yaml"
+    config.write_text("task: detection\nname: run\n")
     whole = run(tmp_path / "whole", config=str(config))
     after = Trainer._after
 
@@ -193,6 +201,6 @@ def test_denoising_resumes_bit_for_bit(scenes: Path, tmp_path: Path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", config=str(config))
     monkeypatch.setattr(Trainer, "_after", after)
-    assert load_checkpoint(tmp_path / "cut" / "detection" / "dino" / "last.pt")["step"] == 3
+    assert load_checkpoint(tmp_path / "cut" / "detection" / "run" / "last.pt")["step"] == 3
     resumed = run(tmp_path / "cut", config=str(config), resume=True)
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
