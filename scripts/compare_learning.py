@@ -274,9 +274,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--minutes", type=float, default=10.0, help="of training, of each run; also which runs are shown")
     parser.add_argument("--lr", type=float, help="of the peers; ours has its own. Default: that of the default configuration")
-    parser.add_argument(
-        "--threads", type=int, help="of torch; default: as many as it takes by itself. Runs on as many are shown"
-    )
+    parser.add_argument("--threads", type=int, help="of torch, default: its own choice; also which runs are shown")
     parser.add_argument("--csv", type=Path, default=Path("docs/learning.csv"))
     parser.add_argument("--plot", type=Path, default=Path("docs/learning.png"))
     parser.add_argument("--skip-done", action="store_true", help="leave out what the CSV already has")
