@@ -192,14 +192,15 @@ def data_make(
 @data_app.command(name="check")
 def data_check(
     path: Annotated[str, typer.Argument(help="Folder of a data set.")],
-    task: Annotated[str, typer.Option(help="Whose annotations to check.")] = "detection",
+    task: Annotated[str | None, typer.Option(help="Whose annotations to check. Without: all, in all files.")] = None,
     debug: Debug = False,
 ) -> None:
     """Report every problem of a data set with file and annotation id; exit code 1 if there is one."""
     from queryvision.data.check import check
     from queryvision.task import resolve_task
 
-    report = check(path, resolve_task(task).needs)
+    found = None if task is None else resolve_task(task)
+    report = check(path) if found is None else check(path, found.needs, found.source)
     print("\n".join(report.lines()))
     raise typer.Exit(0 if report.ok else 1)
 
@@ -210,7 +211,7 @@ def data_view(
     output: Annotated[str, typer.Option("--output", "-o", help="Picture to write.")] = "data.png",
     task: Annotated[str, typer.Option(help="Whose annotations to show.")] = "detection",
     split: Annotated[str, typer.Option(help="Which part.")] = "train",
-    augmentation: Annotated[str, typer.Option(help="detr, light, strong, flip or none.")] = "light",
+    augmentation: Annotated[str, typer.Option(help="detr, light, strong, lsj, flip or none.")] = "light",
     image_size: Annotated[int, typer.Option(help="Short side in pixels.")] = 256,
     count: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice and the augmentation.")] = 0,
@@ -223,7 +224,8 @@ def data_view(
     from queryvision.data.view import view
     from queryvision.task import resolve_task
 
-    dataset = open_dataset(str(make_scenes()) if path is None else path, split, resolve_task(task).needs)
+    found = resolve_task(task)
+    dataset = open_dataset(str(make_scenes()) if path is None else path, split, found.needs, source=found.source)
     view(dataset, training_transform(augmentation, image_size), output, count=count, seed=seed)
     print(output)
 

@@ -34,8 +34,8 @@ class DataSettings(Settings):
     image_size: Annotated[int, Field(ge=32)] | Literal["auto"] = Field(
         128, description="short side in pixels, or auto: chosen from the data; the long side is capped at 1333/800 of it"
     )
-    augmentation: Literal["strong", "flip", "detr", "light", "none"] = Field(
-        "light", description="strong: RT-DETR's, then light; detr: as published; light; flip; none"
+    augmentation: Literal["strong", "lsj", "flip", "detr", "light", "none"] = Field(
+        "light", description="strong: RT-DETR's, then light; detr: as published; light; lsj: large-scale jitter; flip; none"
     )
     mosaic: float = Field(0.0, ge=0, le=1, description="probability that four images share one")
     mixup: float = Field(0.0, ge=0, le=1, description="probability that a second image is blended in")

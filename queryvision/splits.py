@@ -22,12 +22,12 @@ def open_splits(config: Config, task: Task) -> tuple[CocoDataset, CocoDataset]:
     """
     data = config.data
     root = str(make_scenes()) if data.path is None else data.path
-    train = open_dataset(root, data.train_split, task.needs, data.strict)
+    train = open_dataset(root, data.train_split, task.needs, data.strict, task.source)
     if data.limit:
         train = train.subset(data.limit)
         val = train
     else:
-        val = open_dataset(root, data.val_split, task.needs, data.strict)
+        val = open_dataset(root, data.val_split, task.needs, data.strict, task.source)
         check_same_classes(train, val)
     if not train.max_objects:
         raise DataError(f"{train.file}: holds no object to learn from in {len(train)} images; `qv data check {root}` tells why")

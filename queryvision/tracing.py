@@ -57,7 +57,7 @@ def trace(config: str = "detr_r50_coco", image: str = "800x600", *, task: str | 
     found = resolve_task(chosen.task)
     settings = resolve(chosen, found)
     if settings.data.path:
-        classes = open_dataset(settings.data.path, settings.data.train_split, found.needs).classes
+        classes = open_dataset(settings.data.path, settings.data.train_split, found.needs, source=found.source).classes
     else:
         rows = range(COCO_ROWS)
         classes = ClassMap(tuple(rows), tuple(str(i) for i in rows), (True,) * COCO_ROWS)

@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,6 +94,7 @@ def check_annotations(
     num_keypoints: Sequence[int],
     needs: Sequence[str],
     file: str,
+    unique: Literal["file", "image"] = "file",
 ) -> tuple[Objects, list[Problem]]:
     """Checks and packs the annotations of a file.
 
@@ -104,6 +105,7 @@ def check_annotations(
         num_keypoints: keypoints of each class, 0: none.
         needs: what is to be kept beside labels and boxes.
         file: the file, for messages.
+        unique: within what an id may occur once.
 
     Returns:
         The good annotations, and what is wrong with the others.
@@ -120,10 +122,7 @@ def check_annotations(
     extra, has = _extras(check, [name for name in needs if name not in BUILT_IN])
     if segments is not None:
         has["masks"] = np.array([text not in (b"null", b"[]") for text in segments], bool)
-    first = np.zeros(len(items), bool)
-    alive = np.flatnonzero(check.alive)
-    first[alive[np.unique(check.ids[alive], return_index=True)[1]]] = True
-    check.drop(~first, "duplicate annotation id")
+    _unique(check, unique)
     areas = _areas(check, published)
 
     keep = np.flatnonzero(check.alive)
@@ -188,6 +187,18 @@ def _crowd(check: _Check) -> NDArray[Any]:
     wrong = np.array([not isinstance(value, int | float) or value not in (0, 1) for value in raw], bool)
     check.drop(wrong, "malformed iscrowd", lambda i: f"iscrowd {raw[i]!r} is neither 0 nor 1")
     return np.array([bool(value) for value in raw], bool)
+
+
+def _unique(check: _Check, within: Literal["file", "image"]) -> None:
+    alive = np.flatnonzero(check.alive)
+    image = check.image[alive] if within == "image" else np.zeros(len(alive), np.int64)
+    ids = check.ids[alive]
+    order = np.lexsort((ids, image))  # stable: the first of equal ones stays the first
+    new = np.ones(len(alive), bool)
+    new[1:] = (np.diff(ids[order]) != 0) | (np.diff(image[order]) != 0)
+    first = np.zeros(len(check.items), bool)
+    first[alive[order[new]]] = True
+    check.drop(~first, "duplicate annotation id")
 
 
 def _areas(check: _Check, published: NDArray[Any]) -> NDArray[Any]:

@@ -14,6 +14,7 @@ from queryvision.data import layout
 from queryvision.data.annotations import Problem
 from queryvision.data.coco import CocoDataset, check_same_classes, open_file
 from queryvision.data.coco_file import load
+from queryvision.data.layout import Found, Source
 from queryvision.errors import DataError
 
 
@@ -62,13 +63,14 @@ class Report:
         return [line for split in self.splits for line in split.lines()] + [str(p) for p in self.problems] + [summary]
 
 
-def check(path: Path | str, needs: Sequence[str] | None = None) -> Report:
+def check(path: Path | str, needs: Sequence[str] | None = None, source: Source = "instances") -> Report:
     """Checks all splits of a data set.
 
     Args:
         path: its root folder.
         needs: annotation fields to check, in the files that training with them would read; None: every file, with masks
             and keypoints wherever it has them.
+        source: which files these are, where `needs` says what to check; see `open_dataset`.
 
     Raises:
         DataError: there is no data set, or a file of it is no COCO file.
@@ -76,26 +78,36 @@ def check(path: Path | str, needs: Sequence[str] | None = None) -> Report:
     root = Path(path)
     found = layout.find_all(root)
     if not found:
-        raise DataError(f"{root}: there are no annotations. Understood: {layout.LAYOUTS}")
+        raise DataError(f"{root}: there are no annotations. Understood: {layout.LAYOUTS}; {layout.PANOPTIC_LAYOUTS}")
     if needs is not None:
-        found = [(split, layout.find_annotations(root, split, needs)) for split in dict.fromkeys(name for name, _ in found)]
+        names = dict.fromkeys(f.split for f in found if f.source == source) or {found[0].split: None}  # the latter will say why
+        found = [Found(name, layout.find_annotations(root, name, needs, source), source) for name in names]
     splits: list[SplitReport] = []
     problems: list[Problem] = []
-    by_kind: dict[str, CocoDataset] = {}
-    for split, file in found:
-        dataset = open_file(root, split, file, _offered(file) if needs is None else needs)
+    by_kind: dict[tuple[str, str], CocoDataset] = {}
+    for split, file, kind in found:
+        try:
+            dataset = open_file(root, split, file, _offered(file, kind) if needs is None else needs, source=kind)
+        except DataError as error:
+            if kind == "instances" or needs is not None:
+                raise
+            # COCO's files come with a panoptic one whose PNG files are a download of their own.
+            problems.append(Problem(str(file), None, "", str(error), False, "panoptic part cannot be read"))
+            continue
         splits.append(_summary(dataset))
         problems += dataset.problems + _decode_all(dataset)
-        kind = file.stem.replace(split, "")  # instances and keypoints of the same images may well have other classes
+        family = (kind, file.stem.replace(split, ""))  # instances and keypoints of the same images may have other classes
         try:
-            check_same_classes(by_kind.setdefault(kind, dataset), dataset)
+            check_same_classes(by_kind.setdefault(family, dataset), dataset)
         except DataError as error:
             problems.append(Problem(str(file), None, "", str(error), False, "other classes"))
     return Report(root, splits, problems)
 
 
-def _offered(file: Path) -> tuple[str, ...]:
+def _offered(file: Path, source: Source) -> tuple[str, ...]:
     """What a file has beside boxes."""
+    if source == "panoptic":
+        return ("masks",)
     raw = load(file)
     needs = []
     if any(isinstance(a, dict) and a.get("segmentation") for a in raw["annotations"]):
@@ -127,12 +139,27 @@ def _summary(dataset: CocoDataset) -> SplitReport:
 def _decode_all(dataset: CocoDataset) -> list[Problem]:
     """Reads every image; Pillow decodes outside of Python's lock, so threads help."""
 
-    def failure(index: int) -> Problem | None:
+    def failures(index: int) -> list[Problem]:
         try:
             dataset.read(index)
+            return [] if dataset.maps is None else _unmatched(dataset, index)
         except DataError as error:
-            return Problem(str(dataset.file), None, dataset.name(index), str(error), False, "unreadable image")
-        return None
+            return [Problem(str(dataset.file), None, dataset.name(index), str(error), False, "unreadable image")]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [problem for problem in pool.map(failure, range(len(dataset))) if problem]
+        return [problem for part in pool.map(failures, range(len(dataset))) for problem in part]
+
+
+def _unmatched(dataset: CocoDataset, index: int) -> list[Problem]:
+    """Segments that the map lacks, and ids in the map that the file lacks; what was dropped is known already."""
+    assert dataset.maps is not None
+    objects, image = dataset.objects, dataset.name(index)
+    listed = set(objects.ids[objects.offsets[index] : objects.offsets[index + 1]].tolist())
+    dropped = {problem.annotation_id for problem in dataset.problems if problem.image == image}
+    drawn = set(np.unique(dataset.maps.read(index)).tolist()) - {0}
+
+    def problem(id_: int, kind: str) -> Problem:
+        return Problem(str(dataset.file), id_, image, f"{kind} {dataset.maps.name(index)}", False, kind)  # type: ignore[union-attr]
+
+    lacking = [problem(id_, "segment without a pixel in") for id_ in sorted(listed - drawn)]
+    return lacking + [problem(id_, "unlisted segment in") for id_ in sorted(drawn - listed - dropped)]

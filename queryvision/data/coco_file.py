@@ -17,6 +17,14 @@ from queryvision.data.packed import ImageTable
 from queryvision.errors import DataError
 
 DUPLICATE_IMAGE = "duplicate image id"
+NO_SEGMENTS = "image without segments"
+UNREADABLE_MAP = "unreadable label map"
+IMAGE_PROBLEMS = {
+    DUPLICATE_IMAGE: "images dropped, their id occurs twice",
+    NO_SEGMENTS: "images dropped, nothing says what is in them",
+    UNREADABLE_MAP: "images cannot be used, their label map cannot be read",
+}
+"""What concerns whole images, with words for people."""
 
 
 def load(file: Path) -> dict[str, Any]:

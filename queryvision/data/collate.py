@@ -43,8 +43,8 @@ def collate(samples: Sequence[Sample], num_classes: int, needs: Iterable[str], s
     size = (images.pixels.shape[2], images.pixels.shape[3])
     values, has, num_with = {}, {}, {}
     for name in names:
-        rows = [_field(sample, name, size) for sample in samples]
-        values[name] = _padded(rows)
+        rows = [_field(sample, name) for sample in samples]
+        values[name] = _masks(rows, size) if name == "masks" else _padded(rows)
         flags = [_flags(sample, name, row) for sample, row in zip(samples, rows, strict=True)]
         has[name] = _padded(flags)
         num_with[name] = tuple(int(flag.reshape(len(flag), -1).any(1).sum()) if len(flag) else 0 for flag in flags)
@@ -96,8 +96,8 @@ def _relative(boxes: NDArray[Any], sample: Sample) -> NDArray[Any]:
     return np.asarray(relative, np.float32)
 
 
-def _field(sample: Sample, name: str, size: tuple[int, int]) -> NDArray[Any]:
-    """One field of one sample, (n,...), as the targets hold it."""
+def _field(sample: Sample, name: str) -> NDArray[Any]:
+    """One field of one sample, (n,...), as the targets hold it; masks (n,H,W) not yet padded."""
     annotations = sample.annotations
     height, width = sample.image.shape[:2]
     if name == "boxes":
@@ -105,10 +105,6 @@ def _field(sample: Sample, name: str, size: tuple[int, int]) -> NDArray[Any]:
     value = getattr(annotations, name) if name in (*ALWAYS, "masks", "keypoints") else annotations.extra.get(name)
     if value is None:
         raise ValueError(f"{sample.path}: the sample holds no '{name}'; open the data set with it among `needs`")
-    if name == "masks":
-        padded = np.zeros((len(value), *size), bool)
-        padded[:, :height, :width] = value
-        return padded
     if name == "keypoints":
         return np.asarray(value / (width, height, 1), np.float32)
     return np.asarray(value)
@@ -119,6 +115,14 @@ def _flags(sample: Sample, name: str, value: NDArray[Any]) -> NDArray[Any]:
     flags = sample.annotations.has.get(name)
     shape = value.shape[:2] if name == "keypoints" else value.shape[:1]
     return np.ones(shape, bool) if flags is None else flags
+
+
+def _masks(rows: Sequence[NDArray[Any]], size: tuple[int, int]) -> Tensor:
+    """B x (n_i,H_i,W_i) uint8 -> (B,T,*size) bool; each is written once, for masks are the largest part of a batch."""
+    joined = np.zeros((len(rows), max(len(row) for row in rows), *size), bool)
+    for whole, row in zip(joined, rows, strict=True):
+        whole[: len(row), : row.shape[1], : row.shape[2]] = row
+    return torch.from_numpy(joined)
 
 
 def _padded(rows: Sequence[NDArray[Any]]) -> Tensor:

@@ -60,6 +60,7 @@ def rebuilt(
         ignore_boxes=boxes[number >= n],
         ignore_labels=old.ignore_labels[ignored],
         covers=old.covers,
+        stuff=None if old.stuff is None else old.stuff[keep],
     )
     if old.keypoints is not None:
         keypoints, seen = _keypoints(old, points, scale < 0, size, flip_pairs)
@@ -67,16 +68,32 @@ def rebuilt(
     if old.masks is not None:
         new.masks = masks(keep)
         new.ignore_masks = None if old.ignore_masks is None else masks(ignored + n)
-        return _follow_masks(new, cut=share < 0.999)
+        return follow_masks(new, cut=share < 0.999)
     return new
 
 
 def select(annotations: Annotations, keep: NDArray[Any]) -> Annotations:
     """Some of the objects, (n,) bool or indices; ignore regions stay."""
-    rows = {name: getattr(annotations, name) for name in ("labels", "boxes", "areas", "ids", "masks", "keypoints")}
+    rows = {name: getattr(annotations, name) for name in ("labels", "boxes", "areas", "ids", "masks", "keypoints", "stuff")}
     chosen = {name: value[keep] for name, value in rows.items() if value is not None}
     extra = {key: value[keep] for key, value in annotations.extra.items()}
     return replace(annotations, **chosen, extra=extra, has={key: value[keep] for key, value in annotations.has.items()})
+
+
+def follow_masks(annotations: Annotations, cut: NDArray[Any]) -> Annotations:
+    """Lets boxes and areas of cut objects (n,) bool follow their masks; drops those of which nothing is left."""
+    masks, boxes, areas = annotations.masks, annotations.boxes.copy(), annotations.areas.copy()
+    assert masks is not None
+    has = annotations.has.get("masks", np.ones(len(cut), bool))
+    seen = masks.any((1, 2))
+    for i in np.flatnonzero(cut & has & seen):
+        columns, rows = np.flatnonzero(masks[i].any(0)), np.flatnonzero(masks[i].any(1))
+        boxes[i] = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+        areas[i] = masks[i].sum()
+    # An object that merely became too small for a pixel keeps its box, and says that it has no mask. A segment is its pixels.
+    annotations = replace(annotations, boxes=boxes, areas=areas, has={**annotations.has, "masks": has & seen})
+    gone = has & ~seen & (cut | (annotations.stuff is not None))
+    return select(annotations, ~gone) if gone.any() else annotations
 
 
 def _keypoints(
@@ -102,18 +119,3 @@ def _keypoints(
 
 def _area(boxes: NDArray[Any]) -> NDArray[Any]:
     return np.asarray((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
-
-
-def _follow_masks(annotations: Annotations, cut: NDArray[Any]) -> Annotations:
-    """Lets boxes and areas of cut objects (n,) follow their masks; drops those of which nothing is left."""
-    assert annotations.masks is not None
-    has = annotations.has.get("masks", np.ones(len(cut), bool))
-    seen = annotations.masks.any((1, 2))
-    for i in np.flatnonzero(cut & has & seen):
-        columns, rows = np.flatnonzero(annotations.masks[i].any(0)), np.flatnonzero(annotations.masks[i].any(1))
-        annotations.boxes[i] = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
-        annotations.areas[i] = annotations.masks[i].sum()
-    # An object that merely became too small for a pixel keeps its box, and says that it has no mask.
-    annotations.has["masks"] = has & seen
-    gone = cut & has & ~seen
-    return select(annotations, ~gone) if gone.any() else annotations

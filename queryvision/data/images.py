@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,23 @@ def read_image(path: Path | str) -> NDArray[Any]:
     Raises:
         DataError: missing, truncated or not an image.
     """
+    return decoded(path, rgb_array)
+
+
+def decoded(path: Path | str, convert: Callable[[Image.Image], NDArray[Any]]) -> NDArray[Any]:
+    """Decodes an image file.
+
+    Args:
+        path: the file.
+        convert: open picture -> array; a ValueError of it says why the picture is of no use.
+
+    Raises:
+        DataError: missing, truncated, not an image, or of no use.
+    """
     try:
         with Image.open(path) as image:
             image.load()
-            return rgb_array(image)
+            return convert(image)
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no such image") from error
     except DAMAGED as error:

@@ -2,6 +2,8 @@
 
 Understood are COCO's own layout (`annotations/instances_train2017.json` with `train2017/`), its short form
 (`annotations/instances_train.json` with `images/`) and Roboflow's (`train/_annotations.coco.json` beside the images).
+Panoptic annotations are `annotations/panoptic_train.json` with a folder of PNG files, or are composed of instances and a folder
+of label maps (see `semantic`).
 """
 
 from __future__ import annotations
@@ -9,24 +11,39 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
+from typing import Literal, NamedTuple
 
 from queryvision.errors import DataError
 
+Source = Literal["instances", "panoptic"]
 ROBOFLOW = "_annotations.coco.json"
 SPLITS = ("train", "val", "test")
 LAYOUTS = (
     "annotations/instances_{split}.json or instances_{split}2017.json with images/ or {split}2017/ (COCO), "
     f"{{split}}/{ROBOFLOW} with the images beside it (Roboflow; valid/ stands for val)"
 )
+PANOPTIC_LAYOUTS = (
+    "annotations/panoptic_{split}.json or panoptic_{split}2017.json with a folder of that name (COCO), or "
+    "annotations/instances_{split}.json and semantic.json with semantic_{split}/ or labels_{split}/ (label maps)"
+)
 
 
-def find_annotations(path: Path | str, split: str, needs: Iterable[str] = ()) -> Path:
+class Found(NamedTuple):
+    """An annotation file, and as which source it can be read."""
+
+    split: str
+    file: Path
+    source: Source
+
+
+def find_annotations(path: Path | str, split: str, needs: Iterable[str] = (), source: Source = "instances") -> Path:
     """Finds the annotation file of a split.
 
     Args:
         path: root folder of the data set.
         split: `train`, `val`, ...
         needs: with "keypoints" among them, `person_keypoints_{split}*.json` is preferred where it exists.
+        source: "panoptic" finds `panoptic_{split}*.json`, or the file of the instances where there are label maps too.
 
     Returns:
         The json file.
@@ -35,46 +52,76 @@ def find_annotations(path: Path | str, split: str, needs: Iterable[str] = ()) ->
         DataError: the folder or the file does not exist, or several files fit equally well.
     """
     root = _root(path)
-    kinds = ("person_keypoints", "instances") if "keypoints" in needs else ("instances",)
-    for kind in kinds:
-        found = _coco_file(root, kind, split)
-        if found:
-            return found
-    for name in _folders(split):
-        if (root / name / ROBOFLOW).is_file():
-            return root / name / ROBOFLOW
-    there = sorted({name for name, _ in find_all(root)})
+    found = _panoptic_file(root, split) if source == "panoptic" else _object_file(root, split, needs)
+    if found:
+        return found
+    every = find_all(root)
+    there = sorted({name for name, _, kind in every if kind == source})
     hint = f"; it has the splits {', '.join(there)}" if there else ""
-    raise DataError(f"{root}: no annotations of split '{split}'{hint}. Understood: {LAYOUTS.replace('{split}', split)}")
+    kind = "panoptic annotations" if source == "panoptic" else "annotations"
+    understood = PANOPTIC_LAYOUTS if source == "panoptic" else LAYOUTS
+    other = next((file for name, file, kind in every if name == split and kind != source), None)
+    hint += "" if there or other is None else f", but {other.name}, which is for other tasks (--task)"
+    raise DataError(f"{root}: no {kind} of split '{split}'{hint}. Understood: {understood.replace('{split}', split)}")
 
 
-def find_all(path: Path | str) -> list[tuple[str, Path]]:
+def find_all(path: Path | str) -> list[Found]:
     """Finds every annotation file of a data set.
 
     Returns:
-        (split, json file), in the order of `SPLITS`; empty where nothing is understood.
+        In the order of `SPLITS`; empty where nothing is understood.
 
     Raises:
         DataError: the folder does not exist.
     """
     root = _root(path)
-    found: list[tuple[str, Path]] = []
+    found: list[Found] = []
     for file in sorted((root / "annotations").glob("*.json")):
-        match = re.fullmatch(r"(?:instances|person_keypoints)_([A-Za-z]+).*", file.stem)
+        match = re.fullmatch(r"(instances|person_keypoints|panoptic)_([A-Za-z]+).*", file.stem)
         if match:
-            found.append((match[1], file))
+            found.append(Found(match[2], file, "panoptic" if match[1] == "panoptic" else "instances"))
     for folder in sorted(f for f in root.iterdir() if f.is_dir()):
         if (folder / ROBOFLOW).is_file():
-            found.append(("val" if folder.name == "valid" else folder.name, folder / ROBOFLOW))
+            found.append(Found("val" if folder.name == "valid" else folder.name, folder / ROBOFLOW, "instances"))
+    for split in sorted({f.split for f in found} - {f.split for f in found if f.source == "panoptic"}):
+        composed = _panoptic_file(root, split)
+        if composed is not None:
+            found.append(Found(split, composed, "panoptic"))
     order = {name: i for i, name in enumerate(SPLITS)}
-    return sorted(found, key=lambda item: order.get(item[0], len(order)))
+    return sorted(found, key=lambda item: order.get(item.split, len(order)))
+
+
+def segment_folder(root: Path, split: str, file: Path) -> Path:
+    """The folder with the PNG files of a panoptic file.
+
+    Raises:
+        DataError: there is none.
+    """
+    names = dict.fromkeys((file.stem, f"panoptic_{split}", f"panoptic_{split}2017"))
+    folders = [folder / name for name in names for folder in (root, root / "annotations")]
+    return _first_folder(folders, f"{file}: the folder with its PNG files is missing")
+
+
+def label_folder(root: Path, split: str) -> Path:
+    """The folder with the label maps of a split.
+
+    Raises:
+        DataError: there is none.
+    """
+    return _first_folder(_label_folders(root, split), f"{root}: the folder with the label maps of '{split}' is missing")
+
+
+def label_file(root: Path, split: str) -> Path | None:
+    """What says which label values mean which categories; None: there is nothing."""
+    files = (root / "annotations" / f"{name}.json" for name in (f"semantic_{split}", f"semantic_{split}2017", "semantic"))
+    return next((file for file in files if file.is_file()), None)
 
 
 def image_folders(root: Path, split: str, file: Path) -> tuple[Path, ...]:
     """The folders in which an image of `file` may lie, in the order in which they are tried."""
     if file.name == ROBOFLOW:
         return (file.parent,)
-    tag = re.sub(r"^(instances|person_keypoints)_", "", file.stem)
+    tag = re.sub(r"^(instances|person_keypoints|panoptic)_", "", file.stem)
     names = dict.fromkeys(("", tag, f"{split}2017", split))
     folders = [name for name in names if name] + ["images"] + [f"images/{name}" for name in names if name] + ["."]
     return tuple(folder for folder in (root / name for name in folders) if folder.is_dir())
@@ -115,6 +162,32 @@ def _root(path: Path | str) -> Path:
 
 def _folders(split: str) -> tuple[str, ...]:
     return ("valid", "val") if split in ("val", "valid") else (split,)
+
+
+def _object_file(root: Path, split: str, needs: Iterable[str]) -> Path | None:
+    kinds = ("person_keypoints", "instances") if "keypoints" in needs else ("instances",)
+    found = next((file for kind in kinds if (file := _coco_file(root, kind, split))), None)
+    beside = (root / name / ROBOFLOW for name in _folders(split))
+    return found or next((file for file in beside if file.is_file()), None)
+
+
+def _panoptic_file(root: Path, split: str) -> Path | None:
+    found = _coco_file(root, "panoptic", split)
+    if found or label_file(root, split) is None or not any(folder.is_dir() for folder in _label_folders(root, split)):
+        return found
+    return _coco_file(root, "instances", split)
+
+
+def _label_folders(root: Path, split: str) -> list[Path]:
+    return [root / f"{name}_{split}{year}" for name in ("semantic", "labels") for year in ("", "2017")]
+
+
+def _first_folder(folders: Iterable[Path], complaint: str) -> Path:
+    folders = tuple(folders)
+    found = next((folder for folder in folders if folder.is_dir()), None)
+    if found is None:
+        raise DataError(f"{complaint}; looked for {', '.join(str(folder) for folder in folders)}")
+    return found
 
 
 def _coco_file(root: Path, kind: str, split: str) -> Path | None:

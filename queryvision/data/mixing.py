@@ -2,7 +2,10 @@
 
 More objects an image give a one-to-one matching more positives: "dense one-to-one" of DEIM (arXiv 2412.04234). Mosaic is that
 of YOLOv4 (arXiv 2004.10934), mixup that of arXiv 1710.09412 with both images' targets kept, copy-blend pastes single objects as
-in arXiv 2012.07177, half transparent. Nothing is ever mirrored here. What is blended over stays visible and keeps its target.
+in arXiv 2012.07177, half transparent. Nothing is ever mirrored here.
+
+What is blended over stays visible and keeps its box. Masks do not overlap, though: a pixel belongs to what has more than half
+of it, the masks below lose it, their boxes and areas follow, and an object of which no pixel is left is dropped.
 
 An image annotated only for some classes says nothing about the others: a mixed image covers what all of its parts cover.
 """
@@ -18,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from queryvision.data.follow import select
-from queryvision.data.pieces import cut, joined, placed
+from queryvision.data.pieces import covered, cut, joined, placed
 from queryvision.data.resizing import MEAN_COLOUR, fitted_size, resized_size
 from queryvision.data.sample import Annotations, Sample
 
@@ -26,7 +29,7 @@ TILES = 4
 CENTRE = (0.3, 0.7)  # where a mosaic's tiles meet, share of each side
 TILE_SCALE = (0.75, 1.5)  # of an image in its tile: times the one that shows it whole, times the one that fills the tile
 MIXUP_SHARE = (0.45, 0.55)  # of the second image
-COPY_SHARE = (0.5, 0.8)  # of the pasted object
+COPY_SHARE = (0.5, 0.8)  # of the pasted object, which therefore owns its pixels
 COPY_SCALE = (0.7, 1.3)  # of the pasted object, where its image has the size of the other
 MOST_COPIES = 3
 SMALLEST_COPY = 4  # px, side of a pasted box
@@ -108,9 +111,9 @@ def mosaic(samples: Iterable[Sample], size: tuple[int, int], rng: np.random.Gene
 
 
 def mixup(sample: Sample, other: Sample, rng: np.random.Generator) -> Sample:
-    """Blends a whole second image, as large as fits, into the first; all targets of both stay.
+    """Blends a whole second image, as large as fits, into the first; targets of both stay.
 
-    An image is not mixed with itself.
+    Where objects of both meet, those of the image with the larger share own the pixels. An image is not mixed with itself.
     """
     if sample.image_id == other.image_id:
         return sample
@@ -121,16 +124,21 @@ def mixup(sample: Sample, other: Sample, rng: np.random.Generator) -> Sample:
     corner = _corner(_size(sample), size, rng)
     image = sample.image.copy()
     window = _window(image, corner, piece)
-    window[:] = _blend(window, piece.image, rng.uniform(*MIXUP_SHARE))
-    parts = [sample.annotations, placed(piece.annotations, corner, _size(sample))]
-    return replace(sample, image=image, annotations=joined(parts))
+    share = rng.uniform(*MIXUP_SHARE)
+    window[:] = _blend(window, piece.image, share)
+    below, above = sample.annotations, placed(piece.annotations, corner, _size(sample))
+    if share > 0.5:
+        below = covered(below, _owned(above, _size(sample)))
+    else:
+        above = covered(above, _owned(below, _size(sample)))
+    return replace(sample, image=image, annotations=joined([below, above]))
 
 
 def copy_blend(sample: Sample, other: Sample, rng: np.random.Generator) -> Sample:
     """Blends up to three objects of another image into the first, at random places and whole.
 
-    Of an object with a mask only the mask is taken. Objects in ignore regions are not, and of those without a mask only such
-    as no other one touches much, lest something be seen that no target names.
+    Of an object with a mask only the mask is taken. Stuff and objects in ignore regions are not, and of those without a mask
+    only such as no other one touches much, lest something be seen that no target names.
     """
     offered = rng.permutation(_offered(other.annotations))[: rng.integers(1, MOST_COPIES + 1)]
     size, image, parts = _size(sample), sample.image.copy(), [sample.annotations]
@@ -143,7 +151,9 @@ def copy_blend(sample: Sample, other: Sample, rng: np.random.Generator) -> Sampl
         blended = _blend(window, piece.image, rng.uniform(*COPY_SHARE))
         inside = _inside(piece)
         window[inside] = blended[inside]
-        parts.append(placed(piece.annotations, corner, size))
+        region = np.zeros(size, bool)
+        _window(region, corner, piece)[:] = inside
+        parts = [*(covered(part, region) for part in parts), placed(piece.annotations, corner, size)]
     return replace(sample, image=image, annotations=joined(parts))
 
 
@@ -171,6 +181,8 @@ def _offered(annotations: Annotations) -> NDArray[Any]:
     masked = annotations.masks is not None and annotations.has.get("masks", np.ones(len(boxes), bool))
     areas = sides.prod(1)
     clear = (others <= OVERLAP * np.minimum(areas[:, None], areas)).all(1) | masked
+    if annotations.stuff is not None:
+        clear &= ~annotations.stuff
     return np.flatnonzero(clear & ~ignored & (sides >= SMALLEST_COPY).all(1))
 
 
@@ -197,6 +209,13 @@ def _inside(piece: Sample) -> NDArray[Any]:
     if found.masks is None or not found.has.get("masks", np.ones(1, bool))[0]:
         return np.ones(_size(piece), bool)
     return np.asarray(found.masks[0] > 0)
+
+
+def _owned(annotations: Annotations, size: tuple[int, int]) -> NDArray[Any]:
+    """(H,W) bool: the pixels of all objects with a mask."""
+    if annotations.masks is None or not len(annotations.masks):
+        return np.zeros(size, bool)
+    return np.asarray(annotations.masks.any(0))
 
 
 def _overlaps(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:

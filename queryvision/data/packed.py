@@ -25,6 +25,11 @@ class ImageTable:
     sizes: NDArray[Any]  # (n,2) int32 height, width
     covers: NDArray[Any] | None = None  # (n,C) bool; None: every image is annotated for every class
 
+    def take(self, images: NDArray[Any]) -> ImageTable:
+        """Some of the images, (m,) int64, in that order."""
+        covers = None if self.covers is None else self.covers[images]
+        return ImageTable(self.ids[images], self.names[images], self.sizes[images], covers)
+
 
 @dataclass(frozen=True)
 class Objects:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from queryvision.data.follow import SMALLEST_SIDE, rebuilt
+from queryvision.data.follow import SMALLEST_SIDE, follow_masks, rebuilt, select
 from queryvision.data.resizing import resize_masks, resize_quickly
 from queryvision.data.sample import Annotations, Sample
 
@@ -79,20 +79,58 @@ def placed(annotations: Annotations, corner: tuple[int, int], size: tuple[int, i
 
 
 def joined(parts: Sequence[Annotations]) -> Annotations:
-    """The annotations of one image, from those of its parts in the same pixels; they cover the classes all parts cover."""
+    """The annotations of one image, from those of its parts in the same pixels; they cover the classes all parts cover.
+
+    Stuff of one class is one segment, whichever parts it comes from.
+    """
     covers = [part.covers for part in parts if part.covers is not None]
-    names = ["labels", "boxes", "areas", "ids", "masks", "keypoints", "ignore_boxes", "ignore_labels", "ignore_masks"]
+    names = ["labels", "boxes", "areas", "ids", "masks", "keypoints", "ignore_boxes", "ignore_labels", "ignore_masks", "stuff"]
     rows = {name: [getattr(part, name) for part in parts] for name in names}
     values: dict[str, Any] = {
         name: None if any(v is None for v in found) else np.concatenate(found) for name, found in rows.items()
     }
     flags = dict.fromkeys(key for part in parts for key in part.has)
-    return Annotations(
-        **values,
-        extra={key: np.concatenate([part.extra[key] for part in parts]) for key in parts[0].extra},
-        has={key: np.concatenate([_flags(part, key) for part in parts]) for key in flags},
-        covers=np.logical_and.reduce(covers) if covers else None,
+    return _merged(
+        Annotations(
+            **values,
+            extra={key: np.concatenate([part.extra[key] for part in parts]) for key in parts[0].extra},
+            has={key: np.concatenate([_flags(part, key) for part in parts]) for key in flags},
+            covers=np.logical_and.reduce(covers) if covers else None,
+        )
     )
+
+
+def covered(annotations: Annotations, region: NDArray[Any]) -> Annotations:
+    """What is left where something else lies over a region (H,W) bool: masks lose its pixels, boxes and areas follow.
+
+    An object of which no pixel is left is dropped. Where there are no masks, all stays as it is.
+    """
+    if annotations.masks is None or not region.any():
+        return annotations
+    cut = np.array([bool(mask[region].any()) for mask in annotations.masks], bool)
+    masks = annotations.masks.copy()
+    masks[:, region] = 0
+    return follow_masks(replace(annotations, masks=masks), cut)
+
+
+def _merged(annotations: Annotations) -> Annotations:
+    """Makes one segment of several of the same stuff; writes into the arrays."""
+    labels, stuff = annotations.labels, annotations.stuff
+    if stuff is None:
+        return annotations
+    keep = np.ones(len(labels), bool)
+    for label in np.unique(labels[stuff]):
+        first, *others = np.flatnonzero(stuff & (labels == label))
+        for row in others:
+            low, high = annotations.boxes[[first, row], :2].min(0), annotations.boxes[[first, row], 2:].max(0)
+            annotations.boxes[first] = np.concatenate([low, high])
+            annotations.areas[first] += annotations.areas[row]
+            if annotations.masks is not None:
+                annotations.masks[first] |= annotations.masks[row]
+        for flags in annotations.has.values():
+            flags[first] |= flags[others].any(0)
+        keep[others] = False
+    return annotations if keep.all() else select(annotations, keep)
 
 
 def _flags(annotations: Annotations, key: str) -> NDArray[Any]:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from queryvision.data.albumentations import A
 
+Part = tuple[int, int, int, int]  # y1, x1, y2, x2 in px
 MEAN_COLOUR = (124, 116, 104)
 """RGB of what is filled in: ImageNet's mean, which is 0 once normalised."""
 
@@ -114,19 +115,15 @@ class Crop(A.DualTransform):  # type: ignore[misc]
 
     _targets = A.HorizontalFlip._targets
 
-    def apply(self, img: NDArray[Any], part: tuple[int, int, int, int] = (0, 0, 0, 0), **params: Any) -> NDArray[Any]:
+    def apply(self, img: NDArray[Any], part: Part = (0, 0, 0, 0), **params: Any) -> NDArray[Any]:
         """(H,W,...) -> the part."""
         return img[part[0] : part[2], part[1] : part[3]]
 
-    def apply_to_masks(
-        self, masks: NDArray[Any], part: tuple[int, int, int, int] = (0, 0, 0, 0), **params: Any
-    ) -> NDArray[Any]:
+    def apply_to_masks(self, masks: NDArray[Any], part: Part = (0, 0, 0, 0), **params: Any) -> NDArray[Any]:
         """(n,H,W) -> the part of each."""
         return masks[:, part[0] : part[2], part[1] : part[3]]
 
-    def apply_to_bboxes(
-        self, bboxes: NDArray[Any], part: tuple[int, int, int, int] = (0, 0, 0, 0), **params: Any
-    ) -> NDArray[Any]:
+    def apply_to_bboxes(self, bboxes: NDArray[Any], part: Part = (0, 0, 0, 0), **params: Any) -> NDArray[Any]:
         """(n,4+) relative to the image -> relative to the part, not yet clipped."""
         height, width = params["shape"][:2]
         y1, x1, y2, x2 = part
@@ -135,9 +132,7 @@ class Crop(A.DualTransform):  # type: ignore[misc]
         moved[:, [1, 3]] = (moved[:, [1, 3]] * height - y1) / (y2 - y1)
         return moved
 
-    def apply_to_keypoints(
-        self, keypoints: NDArray[Any], part: tuple[int, int, int, int] = (0, 0, 0, 0), **params: Any
-    ) -> NDArray[Any]:
+    def apply_to_keypoints(self, keypoints: NDArray[Any], part: Part = (0, 0, 0, 0), **params: Any) -> NDArray[Any]:
         """(n,5) x, y, z, angle, scale in px."""
         moved = keypoints.astype(np.float32, copy=True)
         moved[:, :2] -= (part[1], part[0])
@@ -168,6 +163,53 @@ class RandomCrop(Crop):
         high = max(1, min(length, round(self.high * unit)))
         side: int = self.py_random.randint(max(1, min(high, round(self.low * unit))), high)
         return side
+
+
+class ScaleJitter(Crop):
+    """Large-scale jitter (arXiv 2012.07177): a random size, aspect kept, of which a square is cropped; nothing is filled in.
+
+    As in Mask2Former the long side becomes `low` to `high` times `side`, and what is longer than `side` is cropped at a random
+    place. It is cropped before it is resized, which spares the memory of what is not kept.
+
+    Args:
+        side: largest side of the result in px.
+        low: least long side, in `side`.
+        high: largest long side, in `side`.
+    """
+
+    def __init__(self, side: int, low: float = 0.1, high: float = 2.0, p: float = 1.0) -> None:
+        super().__init__(p=p)
+        self.side, self.low, self.high = side, low, high
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        """Draws the part, y1, x1, y2, x2 in px, and its size in the result."""
+        lengths = [int(length) for length in params["shape"][:2]]
+        factor = self.py_random.uniform(self.low, self.high) * self.side / max(lengths)
+        taken = [max(1, min(length, round(self.side / factor))) for length in lengths]
+        y, x = (self.py_random.randint(0, length - side) for length, side in zip(lengths, taken, strict=True))
+        size = fitted_size((taken[0], taken[1]), (self.side, self.side), factor)
+        return {"part": (y, x, y + taken[0], x + taken[1]), "size": size}
+
+    def apply(
+        self, img: NDArray[Any], part: Part = (0, 0, 0, 0), size: tuple[int, int] = (0, 0), **params: Any
+    ) -> NDArray[Any]:
+        """(H,W,3) uint8 -> (*size,3)."""
+        return resize_image(super().apply(img, part), size)
+
+    def apply_to_masks(
+        self, masks: NDArray[Any], part: Part = (0, 0, 0, 0), size: tuple[int, int] = (0, 0), **params: Any
+    ) -> NDArray[Any]:
+        """(n,H,W) -> (n,*size), nearest pixel centre."""
+        return resize_masks(super().apply_to_masks(masks, part), size)
+
+    def apply_to_keypoints(
+        self, keypoints: NDArray[Any], part: Part = (0, 0, 0, 0), size: tuple[int, int] = (0, 0), **params: Any
+    ) -> NDArray[Any]:
+        """(n,5) x, y, z, angle, scale in px."""
+        moved = super().apply_to_keypoints(keypoints, part)
+        moved[:, 0] *= size[1] / (part[3] - part[1])
+        moved[:, 1] *= size[0] / (part[2] - part[0])
+        return moved
 
 
 class Flip(A.HorizontalFlip):  # type: ignore[misc]

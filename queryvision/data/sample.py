@@ -28,6 +28,7 @@ class Annotations:
     ignore_labels: NDArray[Any] = field(default_factory=lambda: np.zeros((0,), np.int64))  # (r,)
     ignore_masks: NDArray[Any] | None = None  # (r,H,W) uint8 0/1
     covers: NDArray[Any] | None = None  # (C,) bool: the classes the annotations speak about; None: all
+    stuff: NDArray[Any] | None = None  # (n,) bool: regions without instances; None: not panoptic, masks may overlap
 
     @classmethod
     def empty(cls) -> Annotations:

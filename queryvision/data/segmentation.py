@@ -55,10 +55,9 @@ def rasterise(segmentations: Sequence[Any], size: tuple[int, int]) -> NDArray[An
         (n,H,W) uint8, 1 inside.
     """
     masks = np.zeros((len(segmentations), *size), np.uint8)
-    drawn = [i for i, segmentation in enumerate(segmentations) if segmentation]
-    if drawn:
-        runs = [_runs(segmentations[i], size) for i in drawn]
-        masks[drawn] = coco_mask.decode(runs).transpose(2, 0, 1)
+    for mask, segmentation in zip(masks, segmentations, strict=True):
+        if segmentation:
+            mask[:] = coco_mask.decode(_runs(segmentation, size))  # one by one: all at once would take twice the memory
     return masks
 
 

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 
 from queryvision.data.albumentations import A
 from queryvision.data.follow import SMALLEST_SIDE, FlipPairs, rebuilt
-from queryvision.data.resizing import Flip, RandomCrop, ShortSide, resized_size
+from queryvision.data.planes import packed, unpacked
+from queryvision.data.resizing import Flip, RandomCrop, ScaleJitter, ShortSide, resized_size
 from queryvision.data.sample import Annotations, Sample
 from queryvision.data.zooming import IoUCrop, ZoomOut
 from queryvision.errors import ConfigError, nearest
 
-PRESETS = ("detr", "light", "strong", "flip", "none")
+PRESETS = ("detr", "light", "strong", "lsj", "flip", "none")
 PUBLISHED_SIZE, PUBLISHED_LONGEST = 800, 1333  # px, DETR
 ZOOM_BOUND = 1.5  # of zoomed-out images, in image sizes; they are cropped afterwards
 
@@ -33,7 +34,7 @@ class Transform:
     mask, its box and area are those of what is left of the mask.
 
     Args:
-        steps: albumentations transforms.
+        steps: albumentations transforms; where there are masks, they may only move their pixels, as nearest interpolation does.
         flip_pairs: keypoints (left, right) that change places in a mirrored image. None: not known, so a sample with
             keypoints is not flipped (flips that are nested in `A.OneOf` and the like are an error then).
     """
@@ -53,9 +54,9 @@ class Transform:
         height, width = sample.image.shape[:2]
         data: dict[str, Any] = {"image": sample.image, "bboxes": _numbered(old), "keypoints": _points(old, height, width)}
         data["frame"] = (height, width)  # for steps that ask how large the image was before the others
-        masks = _stacked(old)
-        if masks is not None and len(masks):
-            data["masks"] = masks
+        planes = _planes(old, (height, width))
+        if len(planes):
+            data["masks"] = planes
         chain = self._chain if old.keypoints is None or self.flip_pairs is not None else self._unflipped
         # One stream for all steps: `set_random_seed` would give every step the same seed, and so flip and crop together.
         chain.set_random_state(np.random.default_rng(seed), random.Random(seed))
@@ -67,7 +68,7 @@ class Transform:
         scale = _scale(points[:3], height, width)
 
         def moved_masks(rows: NDArray[Any]) -> NDArray[Any]:
-            return np.asarray(new["masks"])[rows] if len(rows) else np.zeros((0, *size), np.uint8)
+            return unpacked(np.asarray(new["masks"]), rows) if len(rows) else np.zeros((0, *size), np.uint8)
 
         found = rebuilt(old, moved[:, 4].astype(np.int64), moved[:, :4], points[3:], moved_masks, scale, size, self.flip_pairs)
         return replace(sample, image=image, annotations=found)
@@ -95,9 +96,10 @@ def training_transform(name: str, image_size: int, flip_pairs: FlipPairs | None 
 
     Args:
         name: "detr": flip, resize to one of eleven sizes, and half the time a crop in between, as published. "light":
-            flip, mild colour, mild scale, and a crop that keeps most objects. "strong": see `strong_transform`. "flip":
-            mirrored half the time, else as "none": resize only.
-        image_size: largest short side in px; all of DETR's numbers scale with it (800 as published).
+            flip, mild colour, mild scale, and a crop that keeps most objects. "strong": see `strong_transform`. "lsj":
+            flip and large-scale jitter (arXiv 2012.07177) as Mask2Former has it. "flip": mirrored half the time, else as
+            "none": resize only.
+        image_size: largest short side in px; all of DETR's numbers scale with it (800 as published). Of "lsj" the largest side.
         flip_pairs: see `Transform`.
 
     Raises:
@@ -118,6 +120,8 @@ def training_transform(name: str, image_size: int, flip_pairs: FlipPairs | None 
         return Transform([Flip(p=0.5), crop_some, ShortSide(_jittered(image_size), longest), colour], flip_pairs)
     if name == "strong":
         return strong_transform(image_size, flip_pairs)
+    if name == "lsj":
+        return Transform([Flip(p=0.5), ScaleJitter(image_size)], flip_pairs)
     if name in ("flip", "none"):
         flip = [Flip(p=0.5)] if name == "flip" else []
         return Transform([*flip, ShortSide([image_size], longest)], flip_pairs)
@@ -203,12 +207,10 @@ def _points(annotations: Annotations, height: int, width: int) -> NDArray[Any]:
     return np.concatenate([corners, annotations.keypoints[:, :, :2].reshape(-1, 2).astype(np.float32)])
 
 
-def _stacked(annotations: Annotations) -> NDArray[Any] | None:
-    if annotations.masks is None:
-        return None
-    parts = [annotations.masks] + ([annotations.ignore_masks] if annotations.ignore_masks is not None else [])
-    stacked: NDArray[Any] = np.concatenate(parts)
-    return stacked
+def _planes(annotations: Annotations, size: tuple[int, int]) -> NDArray[Any]:
+    """All masks, those of objects first, as `packed` has them."""
+    kinds = (annotations.masks, annotations.ignore_masks)
+    return packed([mask for masks in kinds if masks is not None for mask in masks], size)
 
 
 def _scale(corners: NDArray[Any], height: int, width: int) -> float:

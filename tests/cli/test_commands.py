@@ -96,8 +96,9 @@ def test_every_command_has_a_python_twin(
     mine, theirs = options(face), options(twin)
     del mine["debug"]
     mine = {renamed.get(name, name): default for name, default in mine.items()}
-    if twin is check:  # the command asks a task what to check
-        mine["needs"] = theirs["needs"] if mine.pop("task") == "detection" else None
+    if twin is check:  # the command asks a task what to check; without one both check everything
+        assert mine.pop("task") is None
+        mine |= {"needs": None, "source": theirs["source"]}
     if twin is describe.describe:  # without a name the command lists, and no setting is an empty list
         assert (mine["name"], mine["settings"]) == (None, None)
         mine |= {"name": ..., "settings": ()}

@@ -100,7 +100,14 @@ def equal(a: Batch, b: Batch) -> bool:
     )
 
 
+@pytest.fixture
+def overlapping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is taken away from what lies below: that rule has tests of its own."""
+    monkeypatch.setattr(mixing, "covered", lambda annotations, region: annotations)
+
+
 # ------------------------------------------------------------------------------------------------ geometry
+@pytest.mark.usefixtures("overlapping")
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_boxes_masks_and_keypoints_stay_on_their_objects(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mixing, "MOST_COPIES", 1)  # a second copy may cover the first
@@ -144,6 +151,7 @@ def test_boxes_masks_and_keypoints_stay_on_their_objects(operation: str, monkeyp
         assert operation == "strong" or not cuts
 
 
+@pytest.mark.usefixtures("overlapping")
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_boxes_alone(operation: str) -> None:
     """Without masks and keypoints the boxes are the same, but for objects that were cut."""
@@ -192,6 +200,7 @@ def test_mosaic_is_made_of_four_tiles_around_a_centre_that_varies(monkeypatch: p
     assert len({tuple(boxes[0, :2] > 0) for boxes in tiles}) == 4  # the first image is in any quarter
 
 
+@pytest.mark.usefixtures("overlapping")
 def test_mixup_keeps_all_targets_of_both() -> None:
     for seed in range(20):
         a, b = sample(seed, ignored=True), sample(seed + 50, size=(150, 130), ignored=True)
@@ -243,6 +252,82 @@ def test_flags_that_only_one_part_has() -> None:
     del b.annotations.has["speed"], b.annotations.has["keypoints"]
     has = joined([a.annotations, b.annotations]).has
     assert has["speed"].tolist() == [False, True, True] and has["keypoints"].shape == (3, 3) and has["keypoints"][2].all()
+
+
+# ------------------------------------------------------------------------------------------------ overlaps
+def one_object(index: int, box: tuple[int, int, int, int], size: tuple[int, int] = (60, 80)) -> Sample:
+    found = sample(index, n=1, size=size)
+    x1, y1, x2, y2 = box
+    found.annotations.masks[:] = 0
+    found.annotations.masks[0, y1:y2, x1:x2] = 1
+    found.annotations.boxes[0], found.annotations.areas[0] = box, (x2 - x1) * (y2 - y1)
+    return found
+
+
+@pytest.mark.parametrize("share", [0.48, 0.52])
+def test_in_mixup_the_larger_share_owns_the_pixels(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixing, "MIXUP_SHARE", (share, share))
+    a, b = one_object(1, (10, 10, 40, 30)), one_object(2, (30, 5, 70, 50))
+    before = a.annotations.masks.copy()
+    found = run("mixup", 0, [a, b]).annotations
+    assert found.ids.tolist() == [100, 200] and (found.masks.sum(0) <= 1).all()
+    assert found.boxes.tolist() == ([[10, 10, 40, 30], [30, 5, 70, 50]] if share < 0.5 else [[10, 10, 30, 30], [30, 5, 70, 50]])
+    assert found.areas.tolist() == ([600, 1600] if share < 0.5 else [400, 1800]) == found.masks.sum((1, 2)).tolist()
+    np.testing.assert_array_equal(a.annotations.masks, before)  # what was read stays as it was
+    inside = run("mixup", 0, [a, one_object(2, (15, 15, 20, 20))]).annotations
+    assert inside.ids.tolist() == ([100] if share < 0.5 else [100, 200])  # of which no pixel is left, is dropped
+    a.annotations.masks[:], a.annotations.has["masks"] = 0, np.array([False])
+    assert run("mixup", 0, [a, b]).annotations.boxes[0].tolist() == [10, 10, 40, 30]  # without a mask nothing is known
+
+
+def test_pasted_objects_own_their_pixels() -> None:
+    dropped = shrunk = 0
+    for seed in range(30):
+        a, b = sample(seed), sample(seed + 100)
+        found = run("copy_blend", seed, [a, b]).annotations
+        assert (found.masks.sum(0) <= 1).all() and (found.masks > 0).any((1, 2)).all()
+        for box, mask, area in zip(found.boxes, found.masks, found.areas, strict=True):
+            np.testing.assert_allclose(box, bounds(mask), atol=1)
+            assert abs(area - mask.sum()) <= 0.1 * mask.sum() + 12
+        old = [i for i in found.ids.tolist() if i in a.annotations.ids]
+        dropped += 3 - len(old)
+        shrunk += int(found.areas[: len(old)].sum() < 0.95 * a.annotations.areas[old - a.annotations.ids[0]].sum())
+    assert dropped and shrunk
+
+
+def panoptic(index: int) -> Sample:
+    """Ground (class 2) and sky (class 1) behind two things (class 0)."""
+    found = sample(index, n=2)
+    things = found.annotations.masks.any(0)
+    sky = np.arange(things.shape[0])[:, None] < 50 + 0 * things
+    masks = np.stack([*found.annotations.masks, sky & ~things, ~sky & ~things]).astype(np.uint8)
+    boxes = np.array([bounds(mask) for mask in masks], np.float32)
+    annotations = Annotations(
+        labels=np.array([0, 0, 1, 2]), boxes=boxes, areas=masks.sum((1, 2)).astype(np.float32), ids=100 * index + np.arange(4),
+        masks=masks, ignore_masks=masks[:0], has={"masks": np.ones(4, bool)}, stuff=np.array([False, False, True, True]),
+    )  # fmt: skip
+    return Sample(found.image, annotations, index, found.original_size)
+
+
+@pytest.mark.parametrize("operation", [*OPERATIONS, "lsj"])
+def test_panoptic_images_stay_panoptic(operation: str) -> None:
+    for seed in range(15):
+        samples = [panoptic(seed + i) for i in range(4)]
+        after = training_transform("lsj", 90)(samples[0], seed) if operation == "lsj" else run(operation, seed, samples)
+        found = after.annotations
+        assert (found.masks.sum(0) <= 1).all() and found.masks.any((1, 2)).all() and found.has["masks"].all()
+        assert found.stuff.tolist() == (found.labels > 0).tolist()
+        assert len(set(found.labels[found.stuff])) == found.stuff.sum()  # one segment of a kind of stuff
+        for box, mask, area in zip(found.boxes, found.masks, found.areas, strict=True):
+            sides = box[2:] - box[:2]
+            np.testing.assert_allclose(box, bounds(mask), atol=3)
+            assert abs(area - mask.sum()) <= 2 * sides.sum() + 0.1 * mask.sum() + 4
+        if operation in ("mixup", "copy_blend", "crop"):
+            assert (found.masks.sum(0) == 1).all()  # each pixel has an owner still
+        if operation == "copy_blend":
+            old = samples[0].annotations
+            for id_, mask in zip(found.ids[found.stuff], found.masks[found.stuff], strict=True):
+                assert id_ in old.ids and (mask <= old.masks[id_ - old.ids[0]]).all()  # stuff is never pasted
 
 
 # ------------------------------------------------------------------------------------------------ steps of `strong`

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from queryvision.data.albumentations import A
-from queryvision.data.resizing import Flip, RandomCrop, ShortSide, resized_size
+from queryvision.data.follow import select
+from queryvision.data.planes import packed, unpacked
+from queryvision.data.resizing import Flip, RandomCrop, ScaleJitter, ShortSide, resized_size
 from queryvision.data.sample import Annotations, Sample
 from queryvision.data.transforms import EvaluationTransform, Transform, evaluation_transform, training_transform
 from queryvision.errors import ConfigError
@@ -101,7 +104,7 @@ def test_no_flip_while_pairs_are_unknown() -> None:
         Transform([A.OneOf([A.HorizontalFlip(p=1)], p=1)])(before, 0)
 
 
-@given(st.integers(0, 10_000), st.sampled_from(["detr", "light", "flip", "none"]), st.integers(0, 5))
+@given(st.integers(0, 10_000), st.sampled_from(["detr", "light", "lsj", "flip", "none"]), st.integers(0, 5))
 @settings(max_examples=60, deadline=None)
 def test_everything_stays_in_step(seed: int, name: str, n: int) -> None:
     before = sample(seed, n, height=60 + seed % 50)
@@ -222,6 +225,53 @@ def test_steps_draw_independently() -> None:
         image = transform(picture, seed).image
         seen[(image[0, 0, 0] == 0, image.shape[0] == 40)] += 1
     assert len(seen) == 4 and min(seen.values()) > 5
+
+
+def test_large_scale_jitter_crops_and_never_fills_in() -> None:
+    before, sides, starts = sample(1, n=1, height=60, width=80), [], set()
+    before.image[:] = np.stack(np.broadcast_arrays(np.arange(60)[:, None], np.arange(80), 200), 2)  # pixels say where they are
+    for seed in range(300):
+        image = Transform([ScaleJitter(100)])(before, seed).image.astype(int)
+        height, width = image.shape[:2]
+        assert max(height, width) <= 100 and (image[:, :, 2] == 200).all()
+        scale = (width - 1) / max(1, image[0, -1, 1] - image[0, 0, 1])
+        sides.append(max(height, width))
+        if width == 100 and height > 60:  # what was cropped lies anywhere, and keeps its aspect
+            starts.add((int(image[0, 0, 0] > 2), int(image[0, 0, 1] > 2)))
+            assert abs(scale - (height - 1) / max(1, image[-1, 0, 0] - image[0, 0, 0])) < 0.2 * scale
+    assert min(sides) < 20 and {10 * (side // 10) for side in sides} >= set(range(10, 101, 10))
+    assert 0.4 < np.mean(np.array(sides) < 99) < 0.55  # 0.9 of the 1.9 that scales are drawn from
+    assert starts == {(0, 0), (0, 1), (1, 0), (1, 1)}
+
+
+@given(st.integers(0, 10_000), st.integers(0, 20))
+@settings(max_examples=20, deadline=None)
+def test_masks_in_planes_are_the_same_masks(seed: int, n: int) -> None:
+    rng = np.random.default_rng(seed)
+    masks = rng.integers(0, 2, (n, 7, 9)).astype(np.uint8)
+    planes, rows = packed(masks, (7, 9)), rng.permutation(n)[: n // 2 + 1]
+    assert planes.shape == (-(-n // 8), 7, 9)
+    np.testing.assert_array_equal(unpacked(planes, rows), masks[rows])
+
+
+def test_masks_take_little_memory() -> None:
+    """What a crop leaves out is never resized, and there are no copies beside what comes out."""
+    one, n = sample(0, n=1, height=200, width=300).annotations, 64
+    many = replace(
+        select(replace(one, keypoints=None, has={}), np.zeros(n, np.int64)),
+        ids=np.arange(n), ignore_boxes=one.boxes[:0], ignore_labels=one.labels[:0], ignore_masks=one.masks[:0],
+    )  # fmt: skip
+    picture = Sample(np.zeros((200, 300, 3), np.uint8), many, 1, (200, 300))
+    right = int(one.boxes[0, 2])
+    for part, left in (((0, 0, 300, 200), n), ((right + 1, 0, 300, 200), 0)):
+        transform = Transform([A.Crop(*part), ShortSide([400])])
+        transform(picture, 0)
+        tracemalloc.start()
+        after = transform(picture, 0)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert len(after.annotations.labels) == left
+        assert peak < after.annotations.masks.nbytes + n / 8 * (200 * 300 + after.image[:, :, 0].size) + 4 * after.image.nbytes
 
 
 def test_more_masks_than_opencv_has_channels() -> None:
