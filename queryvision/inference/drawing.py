@@ -6,15 +6,18 @@ Letters: n objects, K keypoints. Colours are (red, green, blue), 0..255. Functio
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 Color = tuple[int, int, int]
 GRAY: Color = (160, 160, 160)
+SHADES = (0.8191725, 0.6710436, 0.5497005)  # powers of 1 / 1.2207441: spread any number of points evenly over a cube
 
 
 def color_of(class_index: int) -> Color:
@@ -23,6 +26,32 @@ def color_of(class_index: int) -> Color:
     value, saturation = ((1.0, 0.85), (0.75, 1.0), (1.0, 0.55))[class_index // 12 % 3]
     red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
     return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def segment_colors(labels: Sequence[int], things: Sequence[bool], reach: int = 40) -> list[Color]:
+    """A colour of its own for each segment of a picture, never black: that of its class, for further things a shade of it.
+
+    Args:
+        labels: class index of each segment.
+        things: whether each is a thing. Stuff gets the colour of its class first.
+        reach: most that a shade differs from the colour of the class, in each channel.
+    """
+    colors, taken = [(0, 0, 0)] * len(labels), {(0, 0, 0)}
+    shades = {label: _shades(color_of(label), reach) for label in labels}
+    for index in sorted(range(len(labels)), key=lambda i: things[i]):
+        colors[index] = next(color for color in shades[labels[index]] if color not in taken)
+        taken.add(colors[index])
+    return colors
+
+
+def _shades(color: Color, reach: int) -> Iterator[Color]:
+    """A colour and more and more that are like it."""
+    for step in itertools.count():
+        red, green, blue = (
+            min(255, max(0, c + (round(reach * (2 * (step * s % 1) - 1)) if step else 0)))
+            for c, s in zip(color, SHADES, strict=True)
+        )
+        yield red, green, blue
 
 
 def draw_boxes(
@@ -66,6 +95,36 @@ def draw_masks(image: Image.Image, masks: Any, colors: Sequence[Color] | None = 
     for mask, color in zip(layers, colors, strict=True):
         pixels[_outline(mask, max(1, _line_width(image) // 2))] = color
     return Image.fromarray(pixels)
+
+
+def draw_segments(
+    image: Image.Image,
+    rows: Any,
+    texts: Sequence[str] | None = None,
+    colors: Sequence[Color] | None = None,
+    opacity: float = 0.5,
+) -> Image.Image:
+    """Colours the segments of a picture, with a thin line between them and each text where its segment is widest.
+
+    Args:
+        image: the picture.
+        rows: (H,W) 1 + the number of the segment that a pixel belongs to, 0: nobody's; array or tensor.
+        texts: n, "" for none; one that its segment has no room for is left out.
+        colors: n; by default that of the position in the list.
+        opacity: 0..1.
+    """
+    places = np.asarray(rows).astype(np.int64)
+    colors = colors or [color_of(i) for i in range(places.max(initial=0))]
+    pixels = np.array(image.convert("RGB"))
+    mixed = pixels * (1 - opacity) + np.array([(0, 0, 0), *colors])[places] * opacity
+    pixels = np.where((places > 0)[..., None], np.rint(mixed).astype(np.uint8), pixels)
+    edge = np.zeros(places.shape, bool)
+    edge[:, 1:] |= places[:, 1:] != places[:, :-1]
+    edge[1:] |= places[1:] != places[:-1]
+    pixels[edge] = 255
+    picture = Image.fromarray(pixels)
+    _name(picture, [(text, *_middle(places == number)) for number, text in enumerate(texts or (), 1) if text])
+    return picture
 
 
 def draw_keypoints(
@@ -158,6 +217,29 @@ def _label(
     bright = 0.3 * color[0] + 0.59 * color[1] + 0.11 * color[2] > 140
     draw.rectangle((x, y, x + width, y + height), fill=color)
     draw.text((x + 2 - left, y + 2 - top), text, fill=(0, 0, 0) if bright else (255, 255, 255), font=font)
+
+
+def _name(picture: Image.Image, spots: Sequence[tuple[str, float, float, float]]) -> None:
+    """Writes a text, x, y, room px each, those with most room first; what would lie on another or has no room is left out."""
+    draw, font = ImageDraw.Draw(picture), _font(picture)
+    stroke, taken = max(1, round(font.size / 10)), list[tuple[float, float, float, float]]()
+    for text, x, y, room in sorted(spots, key=lambda spot: -spot[3]):
+        left, top, right, bottom = draw.textbbox((0, 0), text, font, "mm", stroke_width=stroke)
+        x, y = max(-left, min(x, picture.width - right)), max(-top, min(y, picture.height - bottom))
+        box = (x + left, y + top, x + right, y + bottom)
+        free = all(box[0] > b[2] or box[2] < b[0] or box[1] > b[3] or box[3] < b[1] for b in taken)
+        if free and room > font.size / 3:
+            taken.append(box)
+            draw.text((x, y), text, (255, 255, 255), font, "mm", stroke_width=stroke, stroke_fill=(0, 0, 0))
+
+
+def _middle(mask: NDArray[Any]) -> tuple[float, float, float]:
+    """The point of a mask (H,W) bool that is farthest from its edge and that of the picture: x, y, distance in px."""
+    x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
+    inside = np.pad(mask[y : y + height, x : x + width], 1).astype(np.uint8)
+    distance = cv2.distanceTransform(inside, cv2.DIST_L2, 3)
+    row, column = divmod(int(distance.argmax()), inside.shape[1])
+    return x + column - 1.0, y + row - 1.0, float(distance[row, column])
 
 
 def _outline(mask: NDArray[Any], width: int) -> NDArray[Any]:

@@ -1,0 +1,120 @@
+"""COCO's panoptic format: a PNG an image whose colours are numbers, R + 256 G + 65536 B, and one JSON that explains them.
+
+Letters: k segments, H, W pixels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from queryvision.data.classes import ClassMap
+from queryvision.data.images import read_image
+from queryvision.inference.drawing import Color, segment_colors
+from queryvision.masks import SegmentMasks
+from queryvision.results import Result
+
+Record = dict[str, Any]
+
+
+def read_ids(path: Path | str) -> NDArray[np.int64]:
+    """A panoptic PNG as ids, (H,W).
+
+    Raises:
+        DataError: missing, damaged or not an image.
+    """
+    ids: NDArray[np.int64] = read_image(path).astype(np.int64) @ np.array([1, 256, 65536])
+    return ids
+
+
+def write_ids(path: Path | str, ids: NDArray[Any]) -> None:
+    """Writes ids (H,W), 0 .. 2^24 - 1, as a panoptic PNG."""
+    Image.fromarray(np.stack([ids, ids >> 8, ids >> 16], axis=-1).astype(np.uint8)).save(path, compress_level=3)
+
+
+def id_of(color: Color) -> int:
+    """The number that a colour stands for."""
+    return color[0] + 256 * color[1] + 65536 * color[2]
+
+
+def describe(rows: NDArray[Any], category_ids: Sequence[int], colors: Sequence[Color], scores: Sequence[float]) -> list[Record]:
+    """Rows of `segments_info`.
+
+    Args:
+        rows: (H,W) 1 + the number of a segment, or 0; every segment has pixels.
+        category_ids: k.
+        colors: k, all different; they become ids.
+        scores: k.
+    """
+    area = np.bincount(rows.ravel(), minlength=len(category_ids) + 1)[1:].tolist()
+    parts = zip(category_ids, colors, scores, area, strict=True)
+    return [
+        {"id": id_of(color), "category_id": category, "area": pixels, "iscrowd": 0, "score": score}
+        for category, color, score, pixels in parts
+    ]
+
+
+def write_json(path: Path, images: Sequence[Record], annotations: Sequence[Record], categories: Sequence[Record]) -> None:
+    """Writes the file that explains the PNGs; they lie in the folder that has its name without `.json`."""
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+
+
+def write_panoptic(folder: Path, results: Mapping[str, Result], classes: ClassMap) -> None:
+    """Writes `panoptic.json` and `panoptic/<file stem>.png`; any COCO panoptic tool reads them.
+
+    Args:
+        folder: exists.
+        results: {file stem: result with `SegmentMasks`}; images are numbered from 1 in this order.
+        classes: of the model.
+    """
+    pictures = folder / "panoptic"
+    pictures.mkdir(exist_ok=True)
+    images, annotations = [], []
+    for image_id, (stem, result) in enumerate(results.items(), 1):
+        rows, kept = occupied(segments_of(result))
+        labels = result.labels[kept].tolist()
+        colors = segment_colors(labels, [classes.things[label] for label in labels])
+        segments = describe(rows, [classes.ids[label] for label in labels], colors, result.scores[kept].tolist())
+        name, (height, width) = f"{stem}.png", rows.shape
+        write_ids(pictures / name, np.array([0, *(segment["id"] for segment in segments)])[rows])
+        images.append({"id": image_id, "file_name": result.path or name, "height": height, "width": width})
+        annotations.append({"image_id": image_id, "file_name": name, "segments_info": segments})
+    kinds = zip(classes.ids, classes.names, classes.things, strict=True)
+    categories = [{"id": id_, "name": name, "isthing": int(thing)} for id_, name, thing in kinds]
+    write_json(folder / "panoptic.json", images, annotations, categories)
+
+
+def segments_of(result: Result) -> SegmentMasks:
+    """The segments of a result.
+
+    Raises:
+        TypeError: its masks may overlap, or it has none.
+    """
+    masks = result.values.get("masks")
+    if not isinstance(masks, SegmentMasks):
+        raise TypeError(f"a panoptic result holds segments that do not overlap; this one holds {type(masks).__name__}")
+    return masks
+
+
+def occupied(masks: SegmentMasks, keep: NDArray[np.bool_] | None = None) -> tuple[NDArray[np.int64], list[int]]:
+    """Leaves out segments without a pixel.
+
+    Args:
+        masks: k segments.
+        keep: (k,) which of them count; None: all.
+
+    Returns:
+        (H,W) 1 + the place in the list of those that stay, or 0; and that list, their rows.
+    """
+    rows = masks.rows().cpu().numpy()
+    seen = np.bincount(rows.ravel(), minlength=len(masks) + 1)[1:] > 0
+    kept = np.flatnonzero(seen if keep is None else seen & keep)
+    table = np.zeros(len(masks) + 1, np.int64)
+    table[kept + 1] = np.arange(1, len(kept) + 1)
+    return table[rows], kept.tolist()
