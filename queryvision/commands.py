@@ -21,8 +21,9 @@ from queryvision.engine.checkpoint import save_checkpoint
 from queryvision.errors import ConfigError, DataError
 from queryvision.inference.predictor import Predictor, as_array, find_pictures
 from queryvision.outputs import writable_file, writable_folder
+from queryvision.results import Result
 from queryvision.splits import evaluate_model
-from queryvision.task import resolve_task
+from queryvision.task import Evaluator, resolve_task
 from queryvision.weights import reader_of
 from queryvision.weights.reading import fill
 
@@ -48,7 +49,7 @@ def evaluate(
         checkpoint: of ours.
         data: folder of the data set; None: the one it was trained on.
         split: which part of it; None: what training evaluated on.
-        save_json: write all results there, in COCO's results format.
+        save_json: write all results there, in COCO's results format; PNGs of segments into a folder of its name.
         evaluator: `auto`, `hotcoco` or `pycocotools`.
         image_size: short side of the input; None: as in training.
         batch_size: images of equal size evaluated at once.
@@ -75,15 +76,24 @@ def evaluate(
     root = str(make_scenes()) if config.data.path is None else config.data.path
     if data is None and not Path(root).exists():
         raise DataError(f"{root}: what this checkpoint was trained on is not here; name a data set with --data")
-    dataset = open_dataset(root, split or config.data.val_split, loaded.task.needs)
+    dataset = open_dataset(root, split or config.data.val_split, loaded.task.needs, source=loaded.task.source)
     _report_classes(loaded, dataset, quiet)
     if dataset.warning() and not quiet:
         print(f"warning: {dataset.warning()}")
     model = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
     metrics, judge = evaluate_model(model, loaded.task, loaded.classes, dataset, config)
     if results_file is not None:
-        results_file.write_text(json_module.dumps(judge.records))
+        _save(judge, results_file)
     return metrics
+
+
+def _save(judge: Evaluator, file: Path) -> None:
+    """Writes all results; an evaluator whose records describe further files has a `save` of its own."""
+    save = getattr(judge, "save", None)
+    if save is None:
+        file.write_text(json_module.dumps(judge.records))
+    else:
+        save(file)
 
 
 def _report_classes(loaded: Loaded, dataset: CocoDataset, quiet: bool) -> None:
@@ -137,14 +147,19 @@ def predict(
     unread: list[str] = []
     records: list[dict[str, Any]] = []
     images: list[dict[str, Any]] = []
+    kept: dict[str, Result] = {}  # where the task writes more than records
     taken = {path.resolve() for path in pictures}  # never draw over somebody's picture
     for index, (path, picture) in enumerate(_readable(pictures, unread), 1):
         result = predictor.predict(picture, threshold)
         drawn = _free(folder, path.stem, taken)
         predictor.task.draw(Image.fromarray(picture), result).save(drawn, quality=92)
         records += predictor.task.records(result, index)
+        if predictor.task.save is not None:
+            kept[drawn.stem] = result
         height, width = result.size
         images.append({"id": index, "file_name": str(path), "drawn": drawn.name, "width": width, "height": height})
+    if predictor.task.save is not None:
+        predictor.task.save(folder, kept, predictor.classes)
     _write_results(folder, results_file, records, images, predictor.classes)
     print(json_module.dumps(records) if json else f"{len(images)} pictures, {len(records)} objects -> {folder}")
     if unread:
@@ -200,8 +215,8 @@ def convert(source: str | Path, family: str, output: str | Path, *, dc5: bool | 
         raise ConfigError(f"--dc5: checkpoints of --from {family} are never dilated")
     writable_file(output)
     found = reader.read(str(source)) if dc5 is None else reader.read(str(source), dc5)
-    task = resolve_task(reader.TASK)
-    preset = load_config(reader.TASK, found["config"])
+    task = resolve_task(found.get("task", reader.TASK))
+    preset = load_config(task.name, found["config"])
     heads = {name: {**preset.heads.get(name, {}), **given} for name, given in found.get("heads", {}).items()}
     config = resolve(preset.model_copy(update={"model": found["model"], "heads": {**preset.heads, **heads}}), task)
     model = build_model(config, task, found["classes"])

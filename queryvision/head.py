@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from queryvision.masks import MaskSource
 from queryvision.structures import Answer, Facts, Features, Match, Memory, Picks, Round, Stage, Targets
 
 
@@ -21,6 +22,7 @@ class Scene:
 
     memory: Memory
     features: Features  # of the neck
+    trunk: Features  # of the backbone, all its levels
     extras: Mapping[str, Any] = field(default_factory=dict)  # what the caller of the model gave along (a prompt ...)
 
 
@@ -48,7 +50,7 @@ class Feedback:
 
     anchors: Tensor | None = None  # (B,Q,2|4) 0..1
     points: Tensor | None = None  # (B,Q,P,2) 0..1
-    hidden: Tensor | None = None  # (B,Q,N) bool, True = do not look
+    hidden: Tensor | None = None  # (B,Q,N) bool, True = do not look; N tokens of the level that the next layer looks at
 
 
 @dataclass
@@ -98,6 +100,12 @@ class Fit:
         denoising: targets come back as queries, so what describes them needs weights.
         distributions: numbers are refined as distributions over bins, each layer's the residual of the one before
             (arXiv 2410.13842).
+        pixels: E, channels of the pixel map that masks are read from.
+        hides: a layer does not look where the masks before it say there is nothing (arXiv 2112.01527).
+        starts: heads are asked before the first layer, too, and what refines anchors answers there with the first ones
+            (arXiv 2206.02777).
+        maps: masks are made of attention maps: C_l of the backbone's finer levels, finest first, and last D. Empty: masks are
+            read from a pixel map.
     """
 
     width: int
@@ -110,6 +118,10 @@ class Fit:
     eps: float = 1e-5
     denoising: bool = False
     distributions: bool = False
+    pixels: int = 256
+    hides: bool = False
+    starts: bool = False
+    maps: tuple[int, ...] = ()
 
     @staticmethod
     def of(fit: Fit | int) -> Fit:
@@ -126,6 +138,7 @@ class Head(nn.Module):
         matched_by: "stage", or "union": its losses use the pairs that any stage of the same queries found.
         weights: weight of every term that `loss` returns.
         published: {family: {their prefix: own prefix}} of its parameters in published checkpoints.
+        wants_pixels: reads the pixel map (`Memory.pixels`), which is made only where a head wants it.
         class_rows: patterns (`re.fullmatch`, within the head) of its parameters whose first axis is the classes, perhaps with
             further rows behind them; fine-tuning on other classes carries their rows over by class name.
     """
@@ -136,6 +149,7 @@ class Head(nn.Module):
     weights: dict[str, float]
     published: ClassVar[dict[str, dict[str, str]]] = {}
     class_rows: tuple[str, ...] = ()
+    wants_pixels: bool = False
 
     def prepare(self, scene: Scene) -> Any:
         """Whatever its stages share of one batch; default None."""
@@ -177,8 +191,8 @@ class Head(nn.Module):
         """Unweighted terms {term: (S,)}, already divided by `facts.normaliser`."""
         raise NotImplementedError(f"{type(self).__name__} must define loss(round, match, targets, facts)")
 
-    def decode(self, round: Round, picks: Picks, sizes: Tensor) -> dict[str, Tensor]:
-        """Fields of the picked (query, class) pairs {field: (B,k,...)}.
+    def decode(self, round: Round, picks: Picks, sizes: Tensor) -> Mapping[str, Tensor | Sequence[MaskSource]]:
+        """Fields of the picked (query, class) pairs {field: (B,k,...)}; masks as B sources that build them when asked for.
 
         Args:
             round: the final stage, S = 1.

@@ -177,4 +177,8 @@ def _upload(pairs: Sequence[Pairs], rounds: Sequence[Round]) -> list[Match]:
     if device.type == "cuda":
         index = index.pin_memory()
     parts = torch.split(index.to(device, non_blocking=True), [len(p) for p in pairs], 1)
-    return [Match(p[0], p[1], p[2], p[3], round.shape[0]) for p, round in zip(parts, rounds, strict=True)]
+    counts = [np.bincount(p[:, 1], minlength=r.shape[1]).tolist() for p, r in zip(pairs, rounds, strict=True)]
+    return [
+        Match(p[0], p[1], p[2], p[3], round.shape[0], tuple(per_image))
+        for p, round, per_image in zip(parts, rounds, counts, strict=True)
+    ]

@@ -6,7 +6,7 @@ Letters: k objects, K keypoints. Boxes are (x1, y1, x2, y2).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from queryvision.data.classes import ClassMap
+from queryvision.masks import MaskSource
 
 
 @dataclass
@@ -24,24 +25,32 @@ class Result:
     labels: Tensor  # (k,) int64 contiguous class index; `names` are their names
     classes: ClassMap
     size: tuple[int, int]  # height, width of the original image
-    values: Mapping[str, Tensor]  # {field: (k,...)}: boxes (k,4) x1 y1 x2 y2, masks (k,H,W) bool, keypoints (k,K,3)
+    values: Mapping[str, Tensor | MaskSource]  # {field: (k,...)}: boxes (k,4) x1 y1 x2 y2, masks, keypoints (k,K,3)
     path: str = ""
+    maps: Mapping[str, Tensor] = field(default_factory=dict)  # of the whole image: semantic (H,W) int64 class index, -1 unknown
 
     def __len__(self) -> int:
         """Number of objects."""
         return len(self.scores)
 
     def __getattr__(self, name: str) -> Tensor:
-        """A field of `values`: `result.boxes`, `result.masks` ..."""
-        values: Mapping[str, Tensor] = self.__dict__.get("values", {})
+        """A field of `values`: `result.boxes` ...; masks are built now, (k,H,W) bool."""
+        values: Mapping[str, Tensor | MaskSource] = self.__dict__.get("values", {})
         if name in values:
-            return values[name]
+            value = values[name]
+            return value if isinstance(value, Tensor) else value.build()
         raise AttributeError(f"this result holds {['scores', 'labels', 'names', *values]}, no '{name}'")
 
     @property
     def names(self) -> list[str]:
         """The class name of each object."""
         return [self.classes.names[i] for i in self.labels.tolist()]
+
+    def cpu(self) -> Result:
+        """The same on the host."""
+        values = {name: value.cpu() for name, value in self.values.items()}
+        maps = {name: value.cpu() for name, value in self.maps.items()}
+        return replace(self, scores=self.scores.cpu(), labels=self.labels.cpu(), values=values, maps=maps)
 
     def above(self, threshold: float) -> Result:
         """Only the objects with a score of at least `threshold`."""
@@ -55,7 +64,7 @@ class Result:
         """
         if "boxes" not in self.values or most >= 1:
             return self
-        return self._only(nms(self.values["boxes"].float(), self.scores.float(), most))
+        return self._only(nms(self.boxes.float(), self.scores.float(), most))
 
     def _only(self, keep: Tensor) -> Result:
         values = {name: value[keep] for name, value in self.values.items()}
@@ -73,10 +82,9 @@ class Result:
             raise ImportError("to_supervision() needs the package: pip install supervision") from error
         if "boxes" not in self.values:
             raise AttributeError(f"supervision needs boxes; this result holds {list(self.values)}")
-        masks = self.values.get("masks")
         return supervision.Detections(
-            xyxy=self.values["boxes"].cpu().numpy(),
-            mask=None if masks is None else masks.cpu().numpy().astype(bool),
+            xyxy=self.boxes.cpu().numpy(),
+            mask=self.masks.cpu().numpy() if "masks" in self.values else None,
             confidence=self.scores.cpu().numpy(),
             class_id=self.labels.cpu().numpy(),
             data={"class_name": np.array(self.names)},

@@ -112,6 +112,21 @@ class Features:
     padding: Tensor | None = None  # (B,H,W) of the image itself, from which further levels get theirs
     extents: Tensor | None = None  # (B,L,2) float32: width and height of each unpadded image in cells, to the pixel: W / stride
 
+    def coarsest(self, count: int) -> Features:
+        """Its last `count` levels."""
+        extents = None if self.extents is None else self.extents[:, -count:]
+        return replace(self, maps=self.maps[-count:], paddings=self.paddings[-count:], extents=extents)
+
+
+@dataclass
+class PixelMap:
+    """One fine map for all masks of an image; a mask is its product with an embedding."""
+
+    map: Tensor  # (B,E,h,w)
+    extents: Tensor  # (B,2) float32: width and height of each unpadded image in cells
+    stride: int  # input pixels per cell
+    whole: bool = False  # padding counts as image, as published Mask2Former has it
+
 
 @dataclass
 class Memory:
@@ -122,11 +137,17 @@ class Memory:
     shapes: tuple[tuple[int, int], ...]  # L x (H_l,W_l), N is the sum of their products
     padding: Tensor | None  # (B,N) bool, True = padding; None: nothing is padded
     valid_ratios: Tensor  # (B,L,2) float32, unpadded share of (width, height) on each level, in whole cells or to the pixel
+    pixels: PixelMap | None = None  # for masks; None: no head wants it
 
     @cached_property
     def placed(self) -> Tensor:
         """Tokens with their positions (B,N,D), the keys of dense attention; made when first asked for."""
         return self.tokens + self.positions
+
+    def span(self, level: int) -> slice:
+        """Where the tokens of a level stand along N."""
+        sizes = [height * width for height, width in self.shapes]
+        return slice(sum(sizes[:level]), sum(sizes[: level + 1]))
 
     @cached_property
     def canvas(self) -> Tensor:
@@ -168,6 +189,7 @@ class Stage:
     kind: Literal["proposal", "initial", "layer"]
     index: int = 0  # of the decoder layer
     last: bool = False
+    looks_at: int | None = None  # level of the memory that the next layer looks at; None: all of them
 
 
 @dataclass
@@ -223,6 +245,13 @@ class Match:
     query: Tensor  # (pairs,)
     target: Tensor  # (pairs,)
     num_stages: int
+    per_image: tuple[int, ...] = ()  # host: pairs of each image, all stages together
+
+    def by_image(self) -> Match:
+        """The same pairs, image by image."""
+        order = self.image.argsort(stable=True)
+        stage, image, query, target = (value[order] for value in (self.stage, self.image, self.query, self.target))
+        return Match(stage, image, query, target, self.num_stages, self.per_image)
 
     def predicted(self, values: Tensor) -> Tensor:
         """Rows of a prediction (S,B,Q,...) -> (pairs,...)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,10 +14,15 @@ from torch import Tensor
 
 from queryvision.config import arguments
 from queryvision.data.classes import ClassMap
+from queryvision.data.layout import Source
 from queryvision.errors import ConfigError, nearest
 from queryvision.head import Fit, Head, Steering
+from queryvision.masks import MaskSource
 from queryvision.results import Result
 from queryvision.structures import Picks, Round
+
+Fields = dict[str, Tensor | Sequence[MaskSource]]
+"""What heads say about picks: {field: (B,k,...)}, masks as B sources."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +33,13 @@ class HeadSpec:
         type: the class.
         takes: what its constructor takes first, in order: `fit` (see `Fit`), `num_classes`.
         settings: the task's own choice of its keyword arguments; a configuration may change them.
+        unless: fit -> whether this architecture does without it; None: it never does.
     """
 
     type: type[Head]
     takes: tuple[str, ...] = ("fit",)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    unless: Callable[[Fit], bool] | None = None
 
 
 class Evaluator(Protocol):
@@ -64,6 +71,9 @@ class Task:
         draw: (RGB picture, result) -> picture with the result on it.
         records: (result, image id) -> rows of a COCO results file.
         main_metric: what chooses the best checkpoint; more is better.
+        finish: (heads, final round, results of a batch) -> results: what concerns an image as a whole; None: nothing does.
+        source: which kind of annotation it learns from: lists of objects, or a segment for every pixel.
+        save: (folder, {file stem: result}, classes) writes further result files of `qv predict`; None: there are none.
     """
 
     name: str
@@ -76,6 +86,9 @@ class Task:
     draw: Callable[[Image.Image, Result], Image.Image]
     records: Callable[[Result, int], list[dict[str, Any]]]
     main_metric: str = "AP"
+    finish: Callable[[Mapping[str, Head], Round, list[Result]], list[Result]] | None = None
+    source: Source = "instances"
+    save: Callable[[Path, Mapping[str, Result], ClassMap], None] | None = None
 
     def make_heads(self, num_classes: int, settings: Mapping[str, Mapping[str, Any]]) -> Callable[[Fit], list[Head]]:
         """What a builder calls to get the heads.
@@ -98,11 +111,15 @@ class Task:
 
         def make(fit: Fit) -> list[Head]:
             given = {"fit": fit, "num_classes": num_classes}
-            return [spec.type(*(given[key] for key in spec.takes), **chosen[name]) for name, spec in self.heads.items()]
+            return [
+                spec.type(*(given[key] for key in spec.takes), **chosen[name])
+                for name, spec in self.heads.items()
+                if spec.unless is None or not spec.unless(fit)
+            ]
 
         return make
 
-    def decode(self, heads: Mapping[str, Head], round: Round, sizes: Tensor, limit: int) -> tuple[Picks, dict[str, Tensor]]:
+    def decode(self, heads: Mapping[str, Head], round: Round, sizes: Tensor, limit: int) -> tuple[Picks, Fields]:
         """Picks results of a final round and asks every head for their fields.
 
         Args:
@@ -115,7 +132,7 @@ class Task:
             The picks and {field: (B,k,...)}.
         """
         picks = self.pick(heads, round, limit)
-        values: dict[str, Tensor] = {}
+        values: Fields = {}
         for name in self.heads:
             if name in round.answers:
                 values.update(heads[name].decode(round, picks, sizes))
@@ -136,6 +153,9 @@ def join(*tasks: Task) -> Task:
             if heads.setdefault(name, spec) != spec:
                 raise ConfigError(f"cannot join {'+'.join(t.name for t in tasks)}: head '{name}' is defined differently")
     first = tasks[0]
+    different = next((task for task in tasks if task.source != first.source), None)
+    if different is not None:
+        raise ConfigError(f"cannot join {first.name} and {different.name}: one learns from objects, the other from segments")
 
     def draw(picture: Image.Image, result: Result) -> Image.Image:
         for task in tasks:

@@ -41,14 +41,15 @@ def results_of(
     Returns:
         One result an image, on the host, best first.
     """
-    outputs = model(images)
-    picks, values = task.decode(model.heads.heads(), outputs.final(), sizes.to(images.pixels.device), limit)
-    scores, labels = picks.scores.cpu(), picks.classes.cpu()
-    host = {name: value.cpu() for name, value in values.items()}
+    heads, final = model.heads.heads(), model(images).final()
+    picks, values = task.decode(heads, final, sizes.to(images.pixels.device), limit)
     results = [
-        Result(scores[i], labels[i], classes, (height, width), {name: value[i] for name, value in host.items()}, paths[i])
+        Result(
+            picks.scores[i], picks.classes[i], classes, (height, width), {name: v[i] for name, v in values.items()}, paths[i]
+        )
         for i, (height, width) in enumerate(sizes.tolist())
     ]
+    results = [result.cpu() for result in (results if task.finish is None else task.finish(heads, final, results))]
     return results if overlap is None else [result.without_overlaps(overlap) for result in results]
 
 

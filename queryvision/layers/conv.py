@@ -70,6 +70,31 @@ class ConvNorm(nn.Module):
         return self.conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
 
 
+class ConvGroupNorm(nn.Module):
+    """Convolution without bias, group norm, activation; padding counts as zero, as in `ConvNorm`.
+
+    Args:
+        channels: C in.
+        out: C out.
+        size: of the kernel.
+        activation: after the norm.
+        groups: of the norm; fewer where a group would hold one channel.
+    """
+
+    def __init__(self, channels: int, out: int, size: int = 1, activation: Activation = "none", groups: int = 32) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, out, size, padding=size // 2, bias=False)
+        self.norm = nn.GroupNorm(min(groups, out // 2), out)
+        self.activation = activation
+        nn.init.kaiming_uniform_(self.conv.weight, a=1)
+
+    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        """(B,C,H,W) -> (B,out,H,W)."""
+        if real is not None and self.conv.kernel_size[0] > 1:
+            x = x * real
+        return activate(self.norm(self.conv(x)), self.activation)
+
+
 def pointwise(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A 1x1 convolution of maps that lie behind each other along the channels, without putting them there.
 

@@ -36,22 +36,26 @@ class DenseCrossAttention(nn.Module):
         width: D.
         num_heads: attention heads.
         dropout: of the attention weights.
+        level: the only level it looks at; None: all.
     """
 
-    def __init__(self, width: int, num_heads: int, dropout: float) -> None:
+    def __init__(self, width: int, num_heads: int, dropout: float, level: int | None = None) -> None:
         super().__init__()
         self.attention = Attention(width, num_heads, dropout)
+        self.level = level
 
     def forward(self, states: Tensor, positions: Tensor, look: Look) -> Tensor:
         """(B,Q,1+P,D) -> (B,Q,1+P,D)."""
         queries = (states + positions).flatten(1, 2)
-        out: Tensor = self.attention(queries, look.memory.placed, look.memory.tokens, self._hidden(look, states.shape[2]))
+        part = slice(None) if self.level is None else look.memory.span(self.level)
+        keys, values = look.memory.placed[:, part], look.memory.tokens[:, part]
+        out: Tensor = self.attention(queries, keys, values, self._hidden(look, part, states.shape[2]))
         return out.view_as(states)
 
     @staticmethod
-    def _hidden(look: Look, slots: int) -> Tensor | None:
+    def _hidden(look: Look, part: slice, slots: int) -> Tensor | None:
         """Padding and what a head hides, (B,1 or Q*(1+P),N); who has everything hidden may look at all that is no padding."""
-        padding = None if look.memory.padding is None else look.memory.padding[:, None]
+        padding = None if look.memory.padding is None else look.memory.padding[:, None, part]
         if look.hidden is None:
             return padding
         hidden = look.hidden if padding is None else look.hidden | padding

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,7 @@ class DecoderLayer(nn.Module):
         dropout: everywhere, in training.
         slots: whether queries have slots that must talk to each other.
         gated: a gate takes the place of add and norm behind the attention to the memory (D-FINE).
+        looks_first: the memory comes before the other queries (Mask2Former).
     """
 
     def __init__(
@@ -67,8 +68,10 @@ class DecoderLayer(nn.Module):
         dropout: float,
         slots: bool = False,
         gated: bool = False,
+        looks_first: bool = False,
     ) -> None:
         super().__init__()
+        self.looks_first = looks_first
         self.self_attn = Attention(width, num_heads, dropout)
         self.cross_attn = cross_attention
         self.ffn = FeedForward(width, ffn_width, dropout)
@@ -85,10 +88,18 @@ class DecoderLayer(nn.Module):
             within, placed = states.flatten(0, 1), (states + positions).flatten(0, 1)
             within = self.slot_norm(within + self._drop(self.slot_attn(placed, placed, within)))
             states = within.view_as(states)
+        if self.looks_first:
+            states = self._look(states, positions, look)
         states = self.norm1(states + self._drop(self._across(states, positions, look.unseen)))
-        found = self._drop(self.cross_attn(states, positions, look))
-        states = self.norm2(states, found) if isinstance(self.norm2, Gate) else self.norm2(states + found)
+        if not self.looks_first:
+            states = self._look(states, positions, look)
         return self.norm3(states + self._drop(self.ffn(states)))  # type: ignore[no-any-return]
+
+    def _look(self, states: Tensor, positions: Tensor, look: Look) -> Tensor:
+        """At the memory."""
+        found = self._drop(self.cross_attn(states, positions, look))
+        out: Tensor = self.norm2(states, found) if isinstance(self.norm2, Gate) else self.norm2(states + found)
+        return out
 
     def _across(self, states: Tensor, positions: Tensor, unseen: Tensor | None) -> Tensor:
         """Self-attention over Q, slot by slot."""
@@ -143,15 +154,19 @@ class Decoder(nn.Module):
         look = start(queries, memory, unseen)
         states = normed = queries.states
         if self.initial == "before":
-            look = steer(look, ask(Stage("initial"), self.norm(states), states, look))
+            look = steer(look, ask(Stage("initial", looks_at=self._level(0)), self.norm(states), states, look))
         for index, layer in enumerate(self.layers):
             states = layer(states, self._positions(queries, look), look)
             normed = self.norm(states)
             if self.initial == "after" and index == 0:
                 look = steer(look, ask(Stage("initial"), normed, states, look))
-            feedback = ask(Stage("layer", index, last=index == len(self.layers) - 1), normed, states, look)
-            look = steer(look, feedback)
+            stage = Stage("layer", index, index == len(self.layers) - 1, self._level(index + 1))
+            look = steer(look, ask(stage, normed, states, look))
         return normed
+
+    def _level(self, index: int) -> int | None:
+        """The level of the memory that a layer looks at; None: all, or there is no such layer."""
+        return getattr(cast(DecoderLayer, self.layers[index]).cross_attn, "level", None) if index < len(self.layers) else None
 
     def _positions(self, queries: Queries, look: Look) -> Tensor:
         """(B,Q,1+P,D)."""

@@ -26,7 +26,8 @@ class Projection(nn.Module):
         self.levels = nn.ModuleList(ConvNorm(c, width) if norm else nn.Conv2d(c, width, 1) for c in channels)
 
     def forward(self, features: Features) -> Features:
-        """Maps (B,C_l,H_l,W_l) -> (B,D,H_l,W_l); padding as it was."""
+        """Maps (B,C_l,H_l,W_l) -> (B,D,H_l,W_l), of its own levels, the coarsest ones; padding as it was."""
+        features = features.coarsest(len(self.levels))
         return replace(features, maps=[conv(m) for conv, m in zip(self.levels, features.maps, strict=True)])
 
 
@@ -47,6 +48,7 @@ class Pyramid(nn.Module):
         more = num_levels - len(channels)
         if more < 0:
             raise ValueError(f"{num_levels} levels are fewer than the backbone's {len(channels)}")
+        self.given = len(channels)
         convolutions = [nn.Conv2d(c, width, 1) for c in channels]
         convolutions += [nn.Conv2d(channels[-1] if not i else width, width, 3, 2, 1) for i in range(more)]
         for conv in convolutions:
@@ -56,7 +58,8 @@ class Pyramid(nn.Module):
 
     def forward(self, features: Features) -> Features:
         """Maps (B,C_l,H_l,W_l) -> (B,D,H_l,W_l) of all levels; padding of the further ones from the image's."""
-        given = len(features.maps)
+        given = self.given
+        features = features.coarsest(given)
         maps = [level(m) for level, m in zip(self.levels[:given], features.maps, strict=True)]
         paddings, source = list(features.paddings), features.maps[-1]
         for level in self.levels[given:]:

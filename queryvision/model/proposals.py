@@ -102,10 +102,12 @@ class SelectedQueries(nn.Module):
         width: D.
         start: anchors and chosen tokens -> states and positions.
         teach_all: all tokens are taught as proposals (Deformable DETR), instead of the chosen ones (DINO).
+        normed: heads see the chosen ones through the decoder's norm, as they see its layers (Mask DINO).
     """
 
-    def __init__(self, num_queries: int, width: int, start: Start, teach_all: bool = False) -> None:
+    def __init__(self, num_queries: int, width: int, start: Start, teach_all: bool = False, normed: bool = False) -> None:
         super().__init__()
+        self.normed = normed
         self.num_queries = num_queries
         self.project = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width)
@@ -124,7 +126,7 @@ class SelectedQueries(nn.Module):
             raise ConfigError(f"queries = {count}: must be at least 1{limit}")
         self.num_queries = count
 
-    def forward(self, memory: Memory, panel: Panel, contexts: Mapping[str, Any]) -> Queries:
+    def forward(self, memory: Memory, panel: Panel, contexts: Mapping[str, Any], norm: nn.Module | None = None) -> Queries:
         """The best proposals of each image."""
         grid, valid = grid_anchors(memory)
         tokens = memory.tokens.masked_fill(~valid[..., None], 0.0)
@@ -134,7 +136,8 @@ class SelectedQueries(nn.Module):
         else:
             best = self._best(self._ranks(tokens, panel, memory, grid, contexts), valid)
             look, states = _look(memory, _rows(grid, best)), self.norm(self.project(_rows(tokens, best)))
-        answers, feedback = panel.answer(PROPOSAL, *_as_queries(states), look, {}, contexts)
+        seen = norm(states) if self.normed and norm is not None else states
+        answers, feedback = panel.answer(PROPOSAL, seen[:, :, None], states[:, :, None], look, {}, contexts)
         rounds = make_rounds([(PROPOSAL, answers)], (QueryGroup("main", states.shape[1]),), contexts)
         anchors = look.anchors if feedback.anchors is None else feedback.anchors
         assert anchors is not None

@@ -34,20 +34,22 @@ class LearnedQueries(nn.Module):
         num_queries: Q.
         width: D.
         num_slots: P; slots start from learned states and positions of their own.
+        learned: states are learned, too (Mask2Former).
     """
 
-    def __init__(self, num_queries: int, width: int, num_slots: int = 0) -> None:
+    def __init__(self, num_queries: int, width: int, num_slots: int = 0, learned: bool = False) -> None:
         super().__init__()
         self.num_queries = num_queries
+        self.states = nn.Embedding(num_queries, width) if learned else None
         self.positions = nn.Embedding(num_queries, width)
         self.slot_states = nn.Parameter(torch.randn(num_slots, width)) if num_slots else None
         self.slot_positions = nn.Parameter(torch.randn(num_slots, width)) if num_slots else None
 
-    def forward(self, memory: Memory, panel: Panel, contexts: Mapping[str, Any]) -> Queries:
+    def forward(self, memory: Memory, panel: Panel, contexts: Mapping[str, Any], norm: nn.Module | None = None) -> Queries:
         """The same questions for every image."""
         batch = memory.tokens.shape[0]
         positions = self.positions.weight[:, None]
-        states = torch.zeros_like(positions)
+        states = torch.zeros_like(positions) if self.states is None else self.states.weight[:, None]
         if self.slot_states is not None and self.slot_positions is not None:
             states = torch.cat((states, self.slot_states.expand(self.num_queries, -1, -1)), 1)
             positions = torch.cat((positions, positions + self.slot_positions), 1)
@@ -75,7 +77,7 @@ class AnchoredQueries(nn.Module):
         nn.init.xavier_uniform_(self.reference_points.weight)
         nn.init.zeros_(self.reference_points.bias)
 
-    def forward(self, memory: Memory, panel: Panel, contexts: Mapping[str, Any]) -> Queries:
+    def forward(self, memory: Memory, panel: Panel, contexts: Mapping[str, Any], norm: nn.Module | None = None) -> Queries:
         """The same questions for every image."""
         batch, slots = len(memory.tokens), self.states.shape[1] - 1
         anchors = self.reference_points(self.positions[:, 0]).float().sigmoid().expand(batch, -1, -1)

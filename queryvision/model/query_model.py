@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from queryvision.errors import ConfigError
 from queryvision.head import Feedback, Head, Scene, Steering
 from queryvision.model.backbone import Backbone
+from queryvision.model.backbone_base import filled_up
 from queryvision.model.cross_attention import Look
 from queryvision.model.decoder import Decoder
 from queryvision.model.denoising import Denoising
@@ -31,11 +32,14 @@ class QueryModel(nn.Module):
         backbone: pixels -> Features.
         neck: Features -> Features of width D.
         encoder: Features -> Memory.
-        queries: (Memory, Panel, contexts) -> Queries; has `num_queries`.
+        queries: (Memory, Panel, contexts, the decoder's norm) -> Queries; has `num_queries`.
         decoder: Queries and Memory -> states, asking the heads on the way.
         heads: in the order in which they answer.
         steering: who steers; nobody in DETR.
         denoising: adds denoising queries in training; None: no denoising.
+        pixels: (Features of the backbone, Memory) -> Memory with a pixel map; None: no head reads one.
+        canvas: images are filled up to multiples of this many pixels, and all padding counts as image, as published Mask2Former
+            has it; None: padding is masked.
 
     Raises:
         ConfigError: the steering and the heads do not fit.
@@ -54,6 +58,8 @@ class QueryModel(nn.Module):
         heads: Sequence[Head],
         steering: Steering | None = None,
         denoising: Denoising | None = None,
+        pixels: nn.Module | None = None,
+        canvas: int | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -63,6 +69,8 @@ class QueryModel(nn.Module):
         self.decoder = decoder
         self.heads = Panel(heads, steering or Steering())
         self.denoising = denoising
+        self.pixels = pixels
+        self.canvas = canvas
         self.register_buffer("mean", torch.tensor(backbone.mean).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(backbone.std).view(3, 1, 1) * 255, persistent=False)
 
@@ -136,10 +144,16 @@ class QueryModel(nn.Module):
         Returns:
             Rounds; at inference only what the last stage (and whoever steers) said.
         """
-        features = self.neck(self.backbone(self.normalise(images)))
+        images = self.normalise(images)
+        if self.canvas is not None:
+            images = replace(images, pixels=filled_up(images.pixels, self.canvas), padded=False)
+        trunk = self.backbone(images)
+        features = self.neck(trunk)
         memory = self.encoder(features)
-        contexts = self.heads.prepare(Scene(memory, features, extras or {}))
-        queries = self.queries(memory, self.heads, contexts)
+        if self.pixels is not None:
+            memory = self.pixels(trunk, memory)
+        contexts = self.heads.prepare(Scene(memory, features, trunk, extras or {}))
+        queries = self.queries(memory, self.heads, contexts, self.decoder.norm)
         if carried is not None:
             queries = carry(queries, carried)
         if self.training and self.denoising is not None and targets is not None:

@@ -83,3 +83,29 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     """Logit of x clamped to 0..1, with `eps` as the least share (Deformable DETR, util/misc.py)."""
     x = x.clamp(0, 1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+
+
+def mask_boxes(masks: Tensor, extents: Tensor) -> Tensor:
+    """Boxes (x1, y1, x2, y2) around the cells that masks cover.
+
+    Args:
+        masks: (...,h,w) bool.
+        extents: (...,2) width and height of the unpadded image in cells, one for each of the leading axes that it has.
+
+    Returns:
+        (...,4) float32, 0..1 of the unpadded image; all 0 where a mask is empty.
+    """
+    x1, x2 = _ends(masks.any(-2))
+    y1, y2 = _ends(masks.any(-1))
+    boxes = torch.stack((x1, y1, x2, y2), -1)
+    scale = torch.cat((extents, extents), -1)
+    return (boxes / scale.view(*extents.shape[:-1], *[1] * (boxes.ndim - scale.ndim), 4)).clamp(0, 1)
+
+
+def _ends(line: Tensor) -> tuple[Tensor, Tensor]:
+    """First and one past the last True of (...,n) bool, in float32; 0 and 0 where there is none."""
+    length = line.shape[-1]
+    index = torch.arange(length, device=line.device)
+    first = torch.where(line, index, length).amin(-1)
+    last = torch.where(line, index + 1, 0).amax(-1)
+    return torch.where(last > 0, first, 0).float(), last.float()

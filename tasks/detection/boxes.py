@@ -117,10 +117,17 @@ class BoxHead(Head):
         """{"boxes": (B,Q,4)}, in float32 under any precision; of a distribution's layer also what `Edges` says."""
         if self.edges is not None and view.stage.kind == "layer":
             return self.edges(view)  # type: ignore[no-any-return]
-        return {"boxes": self._moved(view.base if self.fit.look_twice else view.anchors, view.state, view)}
+        before = view.base if self.fit.look_twice else view.anchors
+        if self.fit.starts and view.stage.kind == "initial":
+            assert before is not None, "the first answer is the first anchors, and these queries have none"
+            return {"boxes": before}
+        raw = view.stage.kind == "proposal" and self.fit.refines == "raw" and view.raw is not None
+        return {"boxes": self._moved(before, cast(Tensor, view.raw) if raw else view.state, view)}
 
     def feedback(self, answer: Answer, view: View) -> Feedback:
         """The next layer looks around the box, as the architecture computes it."""
+        if self.fit.starts and view.stage.kind == "initial":
+            return Feedback()
         if view.stage.kind == "proposal" or (self.fit.refines == "state" and not self.fit.look_twice):
             return Feedback(anchors=answer["boxes"])
         state = view.raw if self.fit.refines == "raw" else view.state

@@ -214,15 +214,20 @@ class LabelHead(Head):
         weights = torch.where(wanted == nothing, weights * self.no_object_weight, weights)
         return (F.cross_entropy(logits.movedim(-1, 1), wanted, reduction="none") * weights).sum((1, 2))
 
+    def probabilities(self, round: Round) -> Tensor:
+        """Of every class for each query of a final round, (B,Q,C), that of no-object left out."""
+        logits = round.answers[self.name]["logits"][0].float()
+        return logits.softmax(-1)[..., :-1] if self.softmax else logits.sigmoid()
+
     def pick(self, round: Round, limit: int) -> Picks:
         """The (query, class) pairs that become results.
 
         Softmax: every query with its best class, no-object apart, as published; sigmoid: the best of all pairs.
         """
-        logits = round.answers[self.name]["logits"][0].float()
+        likely = self.probabilities(round)
         if self.softmax:
-            best, classes = logits.softmax(-1)[..., :-1].max(-1)
+            best, classes = likely.max(-1)
             scores, queries = best.topk(min(limit, best.shape[1]), 1)
             return Picks(queries, classes.gather(1, queries), scores)
-        scores, index = logits.sigmoid().flatten(1).topk(min(limit, logits[0].numel()), 1)
+        scores, index = likely.flatten(1).topk(min(limit, likely[0].numel()), 1)
         return Picks(torch.div(index, self.num_classes, rounding_mode="floor"), index % self.num_classes, scores)

@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from queryvision.errors import ConfigError
 from queryvision.head import Fit, Head
 
+PIXEL_STRIDE = 4
+"""Input pixels per cell of the map that masks are read from."""
+
 HeadParts = Sequence[Head] | Callable[[Fit], Sequence[Head]]
 """Heads, or what makes them once the builder says what they must fit."""
 
@@ -15,6 +18,19 @@ def make_heads(heads: HeadParts, fit: Fit) -> tuple[Sequence[Head], int]:
     """The heads and how many slots they own together."""
     made = heads(fit) if callable(heads) else heads
     return made, sum(head.slots for head in made)
+
+
+def pixel_strides(heads: Sequence[Head], strides: Sequence[int]) -> tuple[int, ...]:
+    """The backbone's strides: with one of 4 in front where a head reads a pixel map.
+
+    Raises:
+        ConfigError: no power of two leads from there to the finest level.
+    """
+    if not any(head.wants_pixels for head in heads):
+        return tuple(strides)
+    if strides[0] <= PIXEL_STRIDE or strides[0] % PIXEL_STRIDE:
+        raise ConfigError(f"model.strides = {list(strides)}: masks need a finest level of stride 8, 16 or 32")
+    return (PIXEL_STRIDE, *strides)
 
 
 def check_at_least(least: int, **given: int) -> None:

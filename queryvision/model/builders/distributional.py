@@ -12,7 +12,15 @@ from queryvision.layers.conv import ConvNorm, start_small
 from queryvision.layers.deformable import DeformableAttention
 from queryvision.layers.positions import BoxPositions
 from queryvision.model.backbone import make_backbone
-from queryvision.model.builders.checks import HeadParts, check_at_least, check_doubling, check_sizes, make_heads, ordered
+from queryvision.model.builders.checks import (
+    HeadParts,
+    check_at_least,
+    check_doubling,
+    check_sizes,
+    make_heads,
+    ordered,
+    pixel_strides,
+)
 from queryvision.model.cross_attention import DeformableCrossAttention
 from queryvision.model.decoder import Decoder, DecoderLayer
 from queryvision.model.denoising import Denoising
@@ -20,6 +28,7 @@ from queryvision.model.encoder import EncoderLayer
 from queryvision.model.fusion import Downsample, Elan
 from queryvision.model.hybrid_encoder import HybridEncoder
 from queryvision.model.neck import Projection
+from queryvision.model.pixel_decoder import light_pixels
 from queryvision.model.proposals import SelectedQueries, TokenStart
 from queryvision.model.query_model import QueryModel
 
@@ -80,13 +89,24 @@ def dfine(
     check_doubling(strides, num_points)
     check_at_least(1, num_queries=num_queries, decoder_layers=decoder_layers, ffn_width=ffn_width)
     check_at_least(0, encoder_layers=encoder_layers, freeze=freeze or 0, denoising=denoising, depth=blocks)
-    trunk = make_backbone(backbone, strides, frozen_norm, False, freeze, wide)
-    fit = Fit(width, decoder_layers, per_layer=True, proposals="all", anchors=4, denoising=denoising > 0, distributions=True)
+    fit = Fit(
+        width,
+        decoder_layers,
+        per_layer=True,
+        proposals="all",
+        anchors=4,
+        denoising=denoising > 0,
+        distributions=True,
+        pixels=width // 2,
+    )
     heads, slots = make_heads(heads, fit)
+    seen = pixel_strides(heads, strides)
+    trunk = make_backbone(backbone, seen, frozen_norm, False, freeze, wide)
+    channels = trunk.channels[-levels:]
     steering = replace(steering or Steering(), hidden=None)
     return QueryModel(
         backbone=trunk,
-        neck=Projection(trunk.channels, wide, norm=True),
+        neck=Projection(channels, wide, norm=True),
         encoder=HybridEncoder(
             [EncoderLayer(wide, num_heads, encoder_ffn_width or ffn_width, dropout, "gelu") for _ in range(encoder_layers)],
             laterals=[ConvNorm(wide, wide) for _ in range(levels - 1)],
@@ -116,6 +136,9 @@ def dfine(
         heads=ordered(heads, steering.later),
         steering=steering,
         denoising=Denoising(denoising, width, slots) if denoising else None,
+        pixels=light_pixels(trunk.channels[0], width, fit.pixels, seen[0], strides[0] // seen[0])
+        if len(seen) > levels
+        else None,
     )
 
 
@@ -227,6 +250,7 @@ def dfine_small(
         expansion=expansion,
         depth=depth,
     )
-    for part in (model.neck, model.encoder):
-        start_small(part)
+    for part in (model.neck, model.encoder, model.pixels):
+        if part is not None:
+            start_small(part)
     return model

@@ -1,0 +1,116 @@
+"""Masks of an image that are built only when somebody asks for them.
+
+A hundred masks of a photograph of 1280 x 960 are 120 MB, and most are never looked at. So a result keeps what masks are made of.
+
+Letters: k objects, E channels of an embedding, h, w cells of the map, H, W pixels of the original image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class MaskSource(Protocol):
+    """What every kind of masks offers; `masks[keep]` are those of some objects."""
+
+    size: tuple[int, int]  # H, W
+
+    def __len__(self) -> int:
+        """Number of masks, k."""
+
+    def __getitem__(self, rows: Tensor) -> Self:
+        """Some of them: (k,) bool, or indices."""
+
+    def build(self) -> Tensor:
+        """All masks, (k,H,W) bool."""
+
+    def cpu(self) -> Self:
+        """The same on the host."""
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Masks that may overlap: the product of an embedding each and one map of the image (arXiv 2112.01527)."""
+
+    embeddings: Tensor  # (k,E)
+    pixels: Tensor  # (E,h,w)
+    extent: tuple[float, float]  # height and width of the image in cells of the map; what lies beyond is padding
+    size: tuple[int, int]  # H, W
+
+    def __len__(self) -> int:
+        """Number of masks."""
+        return len(self.embeddings)
+
+    def __getitem__(self, rows: Tensor) -> Masks:
+        """Some of them: (k,) bool, or indices."""
+        return replace(self, embeddings=self.embeddings[rows])
+
+    def cpu(self) -> Masks:
+        """The same on the host."""
+        return replace(self, embeddings=self.embeddings.cpu(), pixels=self.pixels.cpu())
+
+    def logits(self) -> Tensor:
+        """(k,h,w) float32 on the cells of the map; above 0 is inside. Padding is left out."""
+        height, width = (min(side, -int(-cells // 1)) for side, cells in zip(self.pixels.shape[1:], self.extent, strict=True))
+        seen = self.pixels[:, :height, :width].float()
+        return (self.embeddings.float() @ seen.flatten(1)).view(-1, height, width)
+
+    def full_logits(self, most: int = 8) -> Iterator[Tensor]:
+        """Logits in pixels of the original image, (at most `most`,H,W) float32 at a time, bilinear between the cells."""
+        for logits in torch.split(self.logits(), most):
+            yield enlarged(logits, self.extent, self.size)
+
+    def build(self) -> Tensor:
+        """All masks, (k,H,W) bool; in floating point there are never more than a few."""
+        parts = [logits > 0 for logits in self.full_logits()]
+        return torch.cat(parts) if parts else torch.zeros(0, *self.size, dtype=torch.bool, device=self.pixels.device)
+
+
+@dataclass(frozen=True)
+class SegmentMasks:
+    """Masks that cannot overlap: one map that says to which each pixel belongs."""
+
+    numbers: Tensor  # (k,) int64, what the map says of each
+    map: Tensor  # (H,W) int32, 0: nobody's
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """H, W."""
+        return self.map.shape[0], self.map.shape[1]
+
+    def __len__(self) -> int:
+        """Number of masks."""
+        return len(self.numbers)
+
+    def __getitem__(self, rows: Tensor) -> SegmentMasks:
+        """Some of them: (k,) bool, or indices."""
+        return replace(self, numbers=self.numbers[rows])
+
+    def cpu(self) -> SegmentMasks:
+        """The same on the host."""
+        return SegmentMasks(self.numbers.cpu(), self.map.cpu())
+
+    def rows(self) -> Tensor:
+        """(H,W) int64: 1 + the row of the object that a pixel belongs to, 0: nobody's, or of an object that is left out."""
+        most = max((int(part.max()) for part in (self.map, self.numbers) if part.numel()), default=0)
+        table = torch.zeros(most + 1, dtype=torch.int64, device=self.map.device)
+        table[self.numbers] = torch.arange(1, len(self.numbers) + 1, device=self.map.device)
+        return table[self.map.long()]
+
+    def build(self) -> Tensor:
+        """All masks, (k,H,W) bool."""
+        return self.map == self.numbers[:, None, None]
+
+
+def enlarged(maps: Tensor, extent: tuple[float, float], size: tuple[int, int]) -> Tensor:
+    """Maps (k,h,w) whose first `extent` cells show the image -> (k,H,W), bilinear; padding is cut off."""
+    (height, width), (rows, columns) = maps.shape[1:], extent
+    canvas = (max(size[0], round(size[0] * height / rows)), max(size[1], round(size[1] * width / columns)))
+    whole = F.interpolate(maps[:, None], canvas, mode="bilinear", align_corners=False)[:, 0]
+    return whole[:, : size[0], : size[1]]

@@ -1,0 +1,253 @@
+"""MaskHead: which pixels a query's object covers.
+
+A mask is the product of the query's embedding and the image's pixel map, so an answer is the embedding alone: matching reads the
+map at points, the loss builds the masks of pairs, a result those that are looked at.
+
+Legend: B images, Q queries, T targets, S stages, D width, E channels of the pixel map, h, w its cells, P points, n pairs, k picks.
+Points are (x, y), 0..1 from edge to edge of the pixel map.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from queryvision.errors import ConfigError, check_range
+from queryvision.head import Feedback, Fit, Head, Scene, View
+from queryvision.layers.mlp import MLP
+from queryvision.layers.per_stage import PerStage
+from queryvision.masks import Masks, MaskSource
+from queryvision.ops.boxes import mask_boxes, xyxy_to_cxcywh
+from queryvision.ops.noise import uniform
+from queryvision.ops.points import binary_entropy, dice, pairwise_mask_cost, sample_bits, sample_maps, uncertain_points
+from queryvision.structures import Answer, Facts, Match, Picks, PixelMap, Round, Targets
+
+
+@dataclass
+class Canvas:
+    """What all stages share: the pixel map, and the same at the size of each level that layers look at."""
+
+    pixels: PixelMap
+    levels: list[Tensor]  # L x (B,E,H_l*W_l); empty where nothing is hidden
+
+    @property
+    def shares(self) -> Tensor:
+        """Share of the map's (width, height) where points are drawn, (B,2): the image, or all where padding counts as image."""
+        cells = self.cells
+        return torch.ones_like(self.pixels.extents) if self.pixels.whole else self.pixels.extents / cells
+
+    @property
+    def cells(self) -> Tensor:
+        """Width and height of the map, (2,)."""
+        height, width = self.pixels.map.shape[-2:]
+        return self.pixels.extents.new_tensor([width, height])
+
+    def on_targets(self, points: Tensor, masks: Tensor) -> Tensor:
+        """Points (...,2) of the map as points of target masks (...,H,W), whose pixels it may outreach a little."""
+        height, width = masks.shape[-2:]
+        return points * (self.cells * self.pixels.stride / self.cells.new_tensor([width, height]))
+
+
+class MaskHead(Head):
+    """Three linear layers to an embedding; cross entropy and dice on points, in matching and loss (Mask2Former, arXiv 2112.01527).
+
+    Args:
+        fit: D, or all that it must fit.
+        entropy_cost: weight of the cross entropy in matching.
+        dice_cost: weight of the dice loss in matching.
+        entropy: weight of the loss term `entropy`.
+        dice: weight of the loss term `dice`.
+        points: P, in matching and loss.
+        oversample: the loss looks at so many times P points for those where a mask is least sure.
+        uncertain: share of the loss's points that are chosen so; the others are drawn anywhere.
+        merging: rule by which overlapping masks become one map (panoptic segmentation).
+        least: merging: least score of a mask.
+        overlap: merging: least share of a mask that others must leave over.
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+
+    name = "masks"
+    wants_pixels = True
+    published: ClassVar[dict[str, dict[str, str]]] = {
+        "mask2former": {"sem_seg_head.predictor.mask_embed.": "mlp.layers.0."},
+        "maskdino": {"sem_seg_head.predictor.mask_embed.": "mlp.layers.0."},
+    }
+
+    def __init__(
+        self,
+        fit: Fit | int,
+        *,
+        entropy_cost: float = 5.0,
+        dice_cost: float = 5.0,
+        entropy: float = 5.0,
+        dice: float = 5.0,
+        points: int = 12544,
+        oversample: float = 3.0,
+        uncertain: float = 0.75,
+        merging: Literal["mask2former", "detr"] = "mask2former",
+        least: float = 0.8,
+        overlap: float = 0.8,
+    ) -> None:
+        super().__init__()
+        check_range("heads.masks", 0, math.inf, entropy_cost=entropy_cost, dice_cost=dice_cost, entropy=entropy, dice=dice)
+        check_range("heads.masks", 0, 1, uncertain=uncertain, least=least, overlap=overlap)
+        check_range("heads.masks", 1, math.inf, points=points, oversample=oversample)
+        self.fit = Fit.of(fit)
+        self.mlp = PerStage(lambda proposals: MLP(self.fit.width, self.fit.width, self.fit.pixels, 3), self.fit)
+        self.entropy_cost, self.dice_cost = entropy_cost, dice_cost
+        self.weights = {"entropy": entropy, "dice": dice}
+        self.points, self.oversample, self.uncertain = points, oversample, uncertain
+        self.merging, self.least, self.overlap = merging, least, overlap
+
+    def prepare(self, scene: Scene) -> Canvas:
+        """The pixel map; where masks hide memory also its reduction to each level, once for all stages and queries."""
+        pixels = scene.memory.pixels
+        if pixels is None:
+            raise ConfigError("head 'masks' reads a pixel map, and this model makes none; give its builder the head")
+        levels: list[Tensor] = []
+        if self.fit.hides:
+            with torch.no_grad():
+                sizes = scene.memory.shapes
+                levels = [F.interpolate(pixels.map, size, mode="bilinear", align_corners=False).flatten(2) for size in sizes]
+        return Canvas(pixels, levels)
+
+    def forward(self, view: View) -> Answer:
+        """{"embedding": (B,Q,E)}."""
+        return {"embedding": self.mlp.at(view.stage)(view.state)}
+
+    def feedback(self, answer: Answer, view: View) -> Feedback:
+        """Hides memory where the mask is empty (masked attention); at proposals the first anchors are the masks' boxes."""
+        embedding = answer["embedding"].detach()
+        canvas: Canvas = view.context
+        if view.stage.kind == "proposal":
+            logits = torch.einsum("bqe,behw->bqhw", embedding, canvas.pixels.map.detach())
+            return Feedback(anchors=xyxy_to_cxcywh(mask_boxes(logits > 0, canvas.pixels.extents)))
+        level = view.stage.looks_at
+        if level is None or not canvas.levels:
+            return Feedback()
+        return Feedback(hidden=embedding @ canvas.levels[level] < 0)
+
+    def count(self, targets: Targets, num_queries: int, repeats: int = 1) -> float:
+        """Number of targets with a mask."""
+        return float(sum(targets.num_with["masks"]) * repeats)
+
+    def cost(self, round: Round, targets: Targets, generators: Sequence[torch.Generator] | None) -> Tensor:
+        """Cross entropy and dice of all pairs on points that an image's queries and targets share, (S,B,Q,T)."""
+        embedding, canvas = round.answers[self.name]["embedding"], self._canvas(round)
+        masks = targets["masks"]
+        stages, batch, queries, _ = embedding.shape
+        draw = uniform(embedding.new_empty(batch, self.points, 2), generators)
+        points = draw * canvas.shares[:, None]
+        cost = embedding.new_zeros(stages, batch, queries, masks.shape[1])
+        for image, count in enumerate(targets.counts):
+            if not count:
+                continue
+            seen = sample_maps(canvas.pixels.map[image, None].float(), points[image, None])[0]
+            rows = torch.arange(count, device=masks.device)
+            wanted = sample_bits(masks[image], rows, canvas.on_targets(points[image, None], masks))
+            for stage in range(stages):  # all at once would not fit: stages x queries x points
+                logits = embedding[stage, image] @ seen
+                cost[stage, image, :, :count] = pairwise_mask_cost(logits, wanted, self.entropy_cost, self.dice_cost)
+        return targets.only_known(cost, self.name)
+
+    def quality(self, round: Round, match: Match, targets: Targets) -> tuple[Tensor, Tensor]:
+        """Mask IoU of the pair, on the cells of the pixel map."""
+        canvas = self._canvas(round)
+        order = match.image.argsort(stable=True)
+        pairs = match.by_image()
+        found = self._logits(round, pairs) > 0
+        wanted = self._on_cells(canvas, pairs, targets["masks"])
+        common, either = (found & wanted).flatten(1).sum(1), (found | wanted).flatten(1).sum(1)
+        iou = torch.zeros_like(common, dtype=torch.float32)
+        iou[order] = common / either.clamp(min=1)
+        return iou, match.wanted(targets.has["masks"])
+
+    @staticmethod
+    def _on_cells(canvas: Canvas, pairs: Match, masks: Tensor) -> Tensor:
+        """The pairs' target masks at the middle of each cell, (n,h,w) bool."""
+        height, width = canvas.pixels.map.shape[-2:]
+        stride, middle = canvas.pixels.stride, canvas.pixels.stride // 2
+        cells = pairs.wanted(masks[..., middle::stride, middle::stride])
+        return F.pad(cells, (0, width - cells.shape[-1], 0, height - cells.shape[-2]))  # the last cell may begin at the edge
+
+    def loss(self, round: Round, match: Match, targets: Targets, facts: Facts) -> dict[str, Tensor]:
+        """{"entropy": (S,), "dice": (S,)} on points where masks are unsure."""
+        canvas, pairs, masks = self._canvas(round), match.by_image(), targets["masks"]
+        if not len(pairs.query):  # the map and the embeddings stay in the graph
+            nothing = round.answers[self.name]["embedding"].flatten(1)[:, :0].sum(1) + canvas.pixels.map.flatten()[:0].sum()
+            return {"entropy": nothing, "dice": nothing}
+        logits = self._logits(round, pairs)
+        extent = canvas.shares[pairs.image][:, None]
+        points = uncertain_points(
+            logits, self.points, self.oversample, self.uncertain, _drawer(pairs, logits, facts.generators), extent
+        )
+        found = sample_maps(logits[:, None], points)[:, 0]
+        places = canvas.on_targets(points, masks)
+        wanted = sample_bits(masks, pairs.image * masks.shape[1] + pairs.target, places)
+        known = pairs.wanted(targets.has["masks"]) / facts.normaliser
+        return {
+            "entropy": pairs.sum_per_stage(binary_entropy(found, wanted) * known),
+            "dice": pairs.sum_per_stage(dice(found, wanted) * known),
+        }
+
+    def _canvas(self, round: Round) -> Canvas:
+        canvas: Canvas = round.contexts[self.name]
+        return canvas
+
+    def _logits(self, round: Round, pairs: Match) -> Tensor:
+        """Masks of pairs that stand image by image, (n,h,w) float32; no other mask is built."""
+        pixels = self._canvas(round).pixels.map.float()
+        rows = torch.split(pairs.predicted(round.answers[self.name]["embedding"]), list(pairs.per_image))
+        masks = torch.cat([mine @ pixels[image].flatten(1) for image, mine in enumerate(rows)])
+        return masks.view(-1, *pixels.shape[-2:])
+
+    def masks_of(self, round: Round, queries: Tensor, sizes: Tensor) -> list[Masks]:
+        """Masks of chosen queries (B,k) of a final round, for each image; `sizes` (B,2) of the original images."""
+        canvas = self._canvas(round)
+        embedding = round.answers[self.name]["embedding"][0]
+        rows = embedding.gather(1, queries[..., None].expand(-1, -1, embedding.shape[-1]))
+        extents = canvas.pixels.extents.flip(-1).tolist()
+        return [
+            Masks(rows[i], canvas.pixels.map[i], (extents[i][0], extents[i][1]), (int(height), int(width)))
+            for i, (height, width) in enumerate(sizes.tolist())
+        ]
+
+    def certainty(self, round: Round, queries: Tensor) -> Tensor:
+        """Mean probability inside the masks of chosen queries (B,k), 0 for empty ones (mask2former:instance_inference)."""
+        canvas = self._canvas(round)
+        embedding = round.answers[self.name]["embedding"][0]
+        rows = embedding.gather(1, queries[..., None].expand(-1, -1, embedding.shape[-1])).float()
+        logits = torch.einsum("bke,behw->bkhw", rows, canvas.pixels.map.float()).flatten(2)
+        inside = logits > 0
+        return (logits.sigmoid() * inside).sum(-1) / (inside.sum(-1) + 1e-6)
+
+    def decode(self, round: Round, picks: Picks, sizes: Tensor) -> Mapping[str, Tensor | Sequence[MaskSource]]:
+        """{"masks": B x `Masks`}, and "boxes" (B,k,4) around them, to the cell, where no other head has any."""
+        masks = self.masks_of(round, picks.queries, sizes)
+        if "boxes" in round.answers:
+            return {"masks": masks}
+        extents = self._canvas(round).pixels.extents
+        corners = [mask_boxes(m.logits() > 0, extents[i]) for i, m in enumerate(masks)]
+        scale = sizes.flip(-1).repeat(1, 2)[:, None].to(corners[0])
+        return {"masks": masks, "boxes": torch.stack(corners) * scale}
+
+
+def _drawer(pairs: Match, like: Tensor, generators: Sequence[torch.Generator] | None) -> Callable[[int], Tensor]:
+    """Number of points -> (n,points,2) uniform 0..1; those of an image's pairs from its own generator."""
+
+    def draw(count: int) -> Tensor:
+        if generators is None:
+            return uniform(like.new_empty(like.shape[0], count, 2), None)
+        return torch.cat(
+            [torch.rand(n, count, 2, generator=g, device=like.device) for n, g in zip(pairs.per_image, generators, strict=True)]
+        )
+
+    return draw

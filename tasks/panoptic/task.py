@@ -1,0 +1,97 @@
+"""The panoptic task: the heads of instance segmentation, for things and stuff, and one map out of their masks; PQ and mIoU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from PIL import Image
+
+from queryvision.data.classes import ClassMap
+from queryvision.evaluation.panoptic import PanopticEvaluator
+from queryvision.evaluation.panoptic_files import write_panoptic
+from queryvision.head import Fit, Head
+from queryvision.inference.drawing import draw_segments, segment_colors
+from queryvision.masks import SegmentMasks
+from queryvision.results import Result
+from queryvision.structures import Picks, Round
+from queryvision.task import Evaluator, HeadSpec, Task
+from queryvision.tasks.detection.labels import LabelHead
+from queryvision.tasks.instance.masks import MaskHead
+from queryvision.tasks.instance.task import HEADS as INSTANCE_HEADS
+from queryvision.tasks.instance.task import STEERING
+from queryvision.tasks.panoptic.attention_masks import AttentionMaskHead
+from queryvision.tasks.panoptic.merging import merge, semantic
+
+
+def by_attention(fit: Fit) -> bool:
+    """Whether an architecture's masks are made of attention maps."""
+    return bool(fit.maps)
+
+
+def by_pixels(fit: Fit) -> bool:
+    """Whether they are read from a pixel map."""
+    return not fit.maps
+
+
+HEADS = {  # both mask heads are called `masks`: a model has one of them
+    **INSTANCE_HEADS,
+    "masks": replace(INSTANCE_HEADS["masks"], unless=by_attention),
+    "attention_masks": HeadSpec(AttentionMaskHead, unless=by_pixels),
+}
+
+
+def _pick(heads: Mapping[str, Head], round: Round, limit: int) -> Picks:
+    return cast(LabelHead, heads["labels"]).pick(round, limit)
+
+
+def _finish(heads: Mapping[str, Head], round: Round, results: list[Result]) -> list[Result]:
+    """Merges each image's masks by the mask head's rule, and says the class of each pixel."""
+    labels, masks = cast(LabelHead, heads["labels"]), cast(MaskHead | AttentionMaskHead, heads["masks"])
+    probabilities = labels.probabilities(round)
+    everybody = torch.arange(probabilities.shape[1], device=probabilities.device).expand(len(results), -1)
+    sources = masks.masks_of(round, everybody, torch.tensor([result.size for result in results]))
+    finished = []
+    for result, likely, source in zip(results, probabilities, sources, strict=True):
+        merged = merge(result, rule=masks.merging, least=masks.least, overlap=masks.overlap)
+        finished.append(replace(merged, maps={**merged.maps, "semantic": semantic(likely, source)}))
+    return finished
+
+
+def _evaluator(ground_truth: dict[str, Any], classes: ClassMap, backend: str) -> Evaluator:
+    return PanopticEvaluator(ground_truth, classes, backend)  # type: ignore[arg-type]
+
+
+def _draw(picture: Image.Image, result: Result) -> Image.Image:
+    segments = cast(SegmentMasks, result.values["masks"])
+    colors = segment_colors(result.labels.tolist(), result.classes.things)
+    return draw_segments(picture, segments.rows().numpy(), result.names, colors)
+
+
+def _records(result: Result, image_id: int) -> list[dict[str, Any]]:
+    """One row for each segment; the map itself is a file of its own."""
+    areas = torch.bincount(cast(SegmentMasks, result.values["masks"]).rows().flatten(), minlength=len(result) + 1)[1:]
+    rows = zip(result.labels.tolist(), result.scores.tolist(), areas.tolist(), strict=True)
+    return [
+        {"image_id": image_id, "category_id": result.classes.ids[label], "score": score, "area": area}
+        for label, score, area in rows
+    ]
+
+
+TASK = Task(
+    name="panoptic",
+    summary="one segment for every pixel, things and stuff (PQ, mIoU)",
+    needs=("labels", "boxes", "masks"),
+    heads=HEADS,
+    steering=STEERING,
+    pick=_pick,
+    evaluator=_evaluator,
+    draw=_draw,
+    records=_records,
+    main_metric="PQ",
+    finish=_finish,
+    source="panoptic",
+    save=write_panoptic,
+)

@@ -1,0 +1,278 @@
+"""The mask head and what it stands on, against plain computations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from queryvision.criterion import Criterion
+from queryvision.errors import ConfigError
+from queryvision.head import Fit, Scene, Steering
+from queryvision.masks import Masks, SegmentMasks
+from queryvision.model import builders
+from queryvision.model.query_model import QueryModel
+from queryvision.ops.boxes import mask_boxes
+from queryvision.ops.points import pairwise_mask_cost, sample_bits, sample_maps, uncertain_points
+from queryvision.structures import Facts, ImageBatch, Match, Memory, Picks, PixelMap, Round, Stage, Targets
+from queryvision.tasks.instance import TASK, MaskHead
+from queryvision.tasks.instance.masks import Canvas
+
+CLASSES = 4
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def blobs(batch: int, targets: int, height: int, width: int) -> Tensor:
+    """Smooth random masks, (B,T,H,W) bool."""
+    coarse = torch.randn(batch, targets, 4, 5, generator=generator(5))
+    return F.interpolate(coarse, (height, width), mode="bilinear") > 0.2
+
+
+def targets_of(masks: Tensor, counts: tuple[int, ...], sizes: Tensor) -> Targets:
+    batch, most = masks.shape[:2]
+    valid = torch.arange(most) < torch.tensor(counts)[:, None]
+    values = {
+        "labels": torch.arange(batch * most).view(batch, most) % CLASSES,
+        "boxes": torch.rand(batch, most, 4, generator=generator(7)) * 0.4 + 0.3,
+        "areas": torch.ones(batch, most),
+        "masks": masks & valid[..., None, None],
+    }
+    return Targets(
+        values, counts, valid, {name: valid.clone() for name in values}, dict.fromkeys(values, counts),
+        torch.ones(batch, CLASSES, dtype=torch.bool), True, sizes, torch.zeros(batch, 0, 4),
+    )  # fmt: skip
+
+
+def scene(head: MaskHead, counts: tuple[int, ...] = (3, 2)) -> tuple[Round, Targets]:
+    """Two images of 40 x 56 and 32 x 48 on a map of stride 4, two stages, five queries."""
+    sizes = torch.tensor([[40, 56], [32, 48]])
+    pixels = torch.randn(2, 8, 10, 14, generator=generator(1), requires_grad=True)
+    embedding = torch.randn(2, 2, 5, 8, generator=generator(2), requires_grad=True)
+    canvas = Canvas(PixelMap(pixels, sizes.flip(-1) / 4, 4), [])
+    stages = (Stage("layer", 0), Stage("layer", 1, last=True))
+    round = Round("main", stages, {"masks": {"embedding": embedding}}, {"masks": canvas}, {})
+    return round, targets_of(blobs(2, 3, 40, 56), counts, sizes)
+
+
+def all_pairs(counts: tuple[int, ...], stages: int = 2) -> Match:
+    rows = [(s, b, 4 - t, t) for s in range(stages) for b, n in enumerate(counts) for t in range(n)]
+    stage, image, query, target = torch.tensor(rows, dtype=torch.long).view(-1, 4).T
+    return Match(stage, image, query, target, stages, tuple(stages * n for n in counts))
+
+
+# ---------------------------------------------------------------------------------------------------- points
+def test_bits_are_sampled_as_grid_sample_would() -> None:
+    masks = blobs(2, 3, 17, 23)
+    points = torch.rand(6, 50, 2, generator=generator()) * 1.2 - 0.1  # some outside
+    wanted = sample_maps(masks.view(6, 1, 17, 23).float(), points)[:, 0]
+    torch.testing.assert_close(sample_bits(masks, torch.arange(6), points), wanted, atol=1e-5, rtol=0)
+    same = sample_bits(masks, torch.arange(6), points[:1])
+    torch.testing.assert_close(same[0], wanted[0], atol=1e-5, rtol=0)
+
+
+def test_pairwise_cost_is_the_loss_of_every_pair() -> None:
+    logits, wanted = 3 * torch.randn(2, 4, 30, generator=generator()), torch.rand(3, 30, generator=generator(1))
+    cost = pairwise_mask_cost(logits, wanted, 2.0, 3.0)
+    for s, q, t in ((0, 0, 0), (1, 3, 2), (0, 2, 1)):
+        x, y = logits[s, q], wanted[t]
+        p = x.sigmoid()
+        dice = 1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)
+        plain = 2 * F.binary_cross_entropy_with_logits(x, y) + 3 * dice
+        torch.testing.assert_close(cost[s, q, t], plain, atol=1e-5, rtol=1e-5)
+
+
+def test_points_are_where_masks_are_unsure_and_never_in_padding() -> None:
+    ramp = torch.linspace(-8, 8, 40).expand(2, 30, 40).contiguous()
+    extent = torch.tensor([[[1.0, 1.0]], [[0.75, 0.5]]])
+    points = uncertain_points(ramp, 200, 3.0, 0.75, lambda n: torch.rand(2, n, 2, generator=generator(n)), extent)
+    assert points.shape == (2, 200, 2)
+    chosen = points[0, :150, 0]
+    assert (chosen - 0.5).abs().max() < 0.2, "three quarters lie around the border"
+    assert bool((points[1] <= extent[1]).all())
+
+
+# ---------------------------------------------------------------------------------------------------- the head
+def test_quality_is_the_iou_on_the_cells() -> None:
+    head = MaskHead(Fit(8, pixels=8), points=64)
+    round, targets = scene(head)
+    match = all_pairs((3, 2))
+    iou, known = head.quality(round, match, targets)
+    canvas = round.contexts["masks"].pixels
+    for row in range(len(match.query)):
+        s, b, q, t = (int(v[row]) for v in (match.stage, match.image, match.query, match.target))
+        found = torch.einsum("e,ehw->hw", round.answers["masks"]["embedding"][s, b, q], canvas.map[b]) > 0
+        wanted = targets["masks"][b, t, 2::4, 2::4]
+        plain = (found & wanted).sum() / (found | wanted).sum().clamp(min=1)
+        assert float(iou[row]) == pytest.approx(float(plain), abs=1e-6)
+    assert bool(known.all())
+
+
+def test_loss_is_the_mean_over_points_and_reaches_embedding_and_map() -> None:
+    head = MaskHead(Fit(8, pixels=8), points=4000, uncertain=0.0)
+    round, targets = scene(head)
+    match = all_pairs((3, 2))
+    facts = Facts(5.0, torch.ones(10), torch.ones(10, dtype=torch.bool), None)
+    torch.manual_seed(0)
+    terms = head.loss(round, match, targets, facts)
+    canvas = round.contexts["masks"].pixels
+    masks = torch.einsum("sbqe,behw->sbqhw", round.answers["masks"]["embedding"], canvas.map)
+    plain = torch.zeros(2)
+    for s, b, q, t in zip(match.stage, match.image, match.query, match.target, strict=True):
+        height, width = targets.sizes[b].tolist()
+        full = F.interpolate(masks[s, b, q][None, None], (40, 56), mode="bilinear")[0, 0, :height, :width]
+        truth = targets["masks"][b, t, :height, :width].float()
+        plain[s] += F.binary_cross_entropy_with_logits(full, truth).detach() / 5
+    torch.testing.assert_close(terms["entropy"].detach(), plain, atol=0, rtol=0.05)
+    sum(term.sum() for term in terms.values()).backward()
+    assert round.answers["masks"]["embedding"].grad.any() and canvas.map.grad.any()
+
+
+def test_a_target_without_a_mask_costs_and_teaches_nothing() -> None:
+    head = MaskHead(Fit(8, pixels=8), points=64)
+    round, targets = scene(head)
+    targets.has["masks"][0, 1] = False
+    targets.num_with["masks"] = (2, 2)
+    assert head.count(targets, 5) == 4.0
+    cost = head.cost(round, targets, None)
+    assert not cost[:, 0, :, 1].any() and cost[:, 0, :, 0].all() and not cost[:, 1, :, 2].any()
+    match = all_pairs((3, 2))
+    facts = Facts(1.0, torch.ones(10), torch.ones(10, dtype=torch.bool), None)
+    torch.manual_seed(0)
+    before = head.loss(round, match, targets, facts)
+    targets["masks"][0, 1] = ~targets["masks"][0, 1]
+    torch.manual_seed(0)
+    after = head.loss(round, match, targets, facts)
+    torch.testing.assert_close(before["dice"], after["dice"], atol=1e-6, rtol=0)
+
+
+def test_points_belong_to_their_image() -> None:
+    head = MaskHead(Fit(8, pixels=8), points=64)
+    round, targets = scene(head)
+    cost = head.cost(round, targets, [generator(3), generator(4)])
+    other = head.cost(round, targets, [generator(9), generator(4)])
+    torch.testing.assert_close(cost[:, 1], other[:, 1], atol=0, rtol=0)
+    assert not torch.equal(cost[:, 0], other[:, 0])
+
+
+def test_no_pairs_keep_everything_in_the_graph() -> None:
+    head = MaskHead(Fit(8, pixels=8), points=64)
+    round, targets = scene(head, counts=(0, 0))
+    facts = Facts(1.0, torch.ones(0), torch.ones(0, dtype=torch.bool), None)
+    terms = head.loss(round, all_pairs((0, 0)), targets, facts)
+    assert terms["entropy"].tolist() == [0.0, 0.0]
+    sum(term.sum() for term in terms.values()).backward()
+    assert round.contexts["masks"].pixels.map.grad is not None
+
+
+def test_a_model_without_a_pixel_map_is_refused() -> None:
+    memory = Memory(torch.zeros(1, 4, 8), torch.zeros(1, 4, 8), ((2, 2),), None, torch.ones(1, 1, 2))
+    with pytest.raises(ConfigError, match="pixel map"):
+        MaskHead(8).prepare(Scene(memory, None, None))  # type: ignore[arg-type]
+
+
+def test_boxes_around_masks() -> None:
+    masks = torch.zeros(1, 2, 10, 14, dtype=torch.bool)
+    masks[0, 0, 2:5, 3:9] = True
+    boxes = mask_boxes(masks, torch.tensor([[14.0, 10.0]]))
+    torch.testing.assert_close(boxes[0, 0], torch.tensor([3 / 14, 0.2, 9 / 14, 0.5]))
+    assert not boxes[0, 1].any()
+
+
+# ---------------------------------------------------------------------------------------------------- masks of a result
+def test_masks_are_built_for_what_is_kept_and_as_large_as_the_picture() -> None:
+    pixels = torch.randn(8, 10, 14, generator=generator())
+    masks = Masks(torch.randn(5, 8, generator=generator(1)), pixels, (10.0, 14.0), (80, 112))
+    whole = F.interpolate(masks.logits()[None], (80, 112), mode="bilinear")[0] > 0
+    assert torch.equal(masks.build(), whole)
+    keep = torch.tensor([True, False, True, False, False])
+    assert torch.equal(masks[keep].build(), whole[keep])
+    assert masks[keep][:0].build().shape == (0, 80, 112)
+    padded = replace(masks, pixels=F.pad(pixels, (0, 3, 0, 2), value=9.0))
+    assert torch.equal(padded.logits(), masks.logits())
+
+
+def test_segments_are_counted_over_those_that_are_kept() -> None:
+    segments = SegmentMasks(torch.tensor([2, 5]), torch.tensor([[0, 2, 5], [5, 2, 7]], dtype=torch.int32))
+    assert segments.rows().tolist() == [[0, 1, 2], [2, 1, 0]]
+    assert segments[torch.tensor([False, True])].rows().tolist() == [[0, 0, 1], [1, 0, 0]]
+    assert segments.build()[0].tolist() == [[False, True, False], [False, True, False]]
+
+
+# ---------------------------------------------------------------------------------------------------- whole models
+SMALL = {
+    "dfine_small": {"backbone": "tf_efficientnet_lite0", "num_queries": 12, "denoising": 6},
+    "mask2former_small": {"num_queries": 12},
+    "maskdino": {
+        "backbone": "resnet18", "width": 64, "num_queries": 12, "denoising": 6, "encoder_layers": 1, "decoder_layers": 2,
+        "ffn_width": 64,
+    },
+}  # fmt: skip
+
+
+def model_of(name: str, **changes: object) -> QueryModel:
+    heads = {"masks": {"points": 128}, **({} if name.startswith("mask2former") else {"labels": {"loss": "mal"}})}
+    torch.manual_seed(0)
+    return builders.builder(name)(TASK.make_heads(CLASSES, heads), TASK.steering, **{**SMALL[name], **changes})
+
+
+def batch() -> tuple[ImageBatch, Targets]:
+    sizes = torch.tensor([[96, 130], [80, 100]])
+    padding = torch.ones(2, 96, 130, dtype=torch.bool)
+    for image, (height, width) in enumerate(sizes.tolist()):
+        padding[image, :height, :width] = False
+    pixels = torch.randint(0, 255, (2, 3, 96, 130), dtype=torch.uint8, generator=generator(4))
+    return ImageBatch(pixels, padding, True, sizes), targets_of(blobs(2, 3, 96, 130), (3, 2), sizes)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_part_learns_and_losses_are_finite(name: str) -> None:
+    model, (images, targets) = model_of(name).train(), batch()
+    for parameter in model.parameters():  # what starts at zero would pass no gradient on
+        if parameter.requires_grad and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    losses = Criterion(model.heads.heads(), model.steering)(model(images, targets), targets)
+    assert losses.total.isfinite()
+    losses.total.backward()
+    silent = {n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
+    # The first layer's noise of one set of weights for all: anchors of masks carry no gradient.
+    assert silent <= {"encoder.levels", "heads.boxes.edges.judges.2.layers.1.bias"}, silent
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_an_image_without_objects_is_an_ordinary_image(name: str) -> None:
+    model, (images, targets) = model_of(name).train(), batch()
+    empty = targets_of(torch.zeros(2, 0, 96, 130, dtype=torch.bool), (0, 0), images.sizes)
+    assert Criterion(model.heads.heads(), model.steering)(model(images, empty), empty).total.isfinite()
+
+
+def test_mask_dino_starts_from_the_boxes_of_its_first_masks() -> None:
+    model, (images, _) = model_of("maskdino").train(), batch()
+    model.denoising = None
+    proposals, layers = model(images).rounds
+    masks = torch.einsum("bqe,behw->bqhw", proposals.answers["masks"]["embedding"][0], proposals.contexts["masks"].pixels.map)
+    corners = mask_boxes(masks > 0, proposals.contexts["masks"].pixels.extents)
+    first = layers.answers["boxes"]["boxes"][0]
+    assert layers.stages[0].kind == "initial" and len(layers.stages) == 3
+    torch.testing.assert_close(first[..., 2:], corners[..., 2:] - corners[..., :2], atol=1e-5, rtol=0)
+
+
+def test_boxes_come_from_masks_where_no_head_has_any() -> None:
+    model, (images, _) = model_of("mask2former_small").eval(), batch()
+    round = model(replace(images, padded=False, sizes=torch.tensor([[96, 130]] * 2))).final()
+    picks = Picks(torch.tensor([[3, 0], [1, 2]]), torch.zeros(2, 2, dtype=torch.long), torch.ones(2, 2))
+    values = model.heads.heads()["masks"].decode(round, picks, torch.tensor([[192, 260]] * 2))
+    built = values["masks"][0].build()[0]
+    ys, xs = built.nonzero().T
+    box = values["boxes"][0, 0].tolist()
+    assert box == pytest.approx([int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1], abs=9)
+
+
+def test_steering_names_only_heads_that_are_there() -> None:
+    assert model_of("mask2former_small").steering == Steering(hidden="masks", quality=("masks",))
+    assert list(model_of("mask2former_small").heads) == ["labels", "masks"]
