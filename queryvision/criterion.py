@@ -107,8 +107,11 @@ class Criterion:
             said = self.heads[name].quality(round, match, targets) if name in round.answers else None
             if said is not None:
                 value, knows = said
-                quality = torch.where(knows & ~known, value.float(), quality)
-                known = known | knows
+                fresh = ~known if knows is None else knows & ~known
+                quality = torch.where(fresh, value.float(), quality)
+                known = known | fresh
+                if knows is None:
+                    break
         return quality, known
 
     def _round_losses(

@@ -179,8 +179,8 @@ class Head(nn.Module):
         """Weighted matching cost (S,B,Q,T) in float32; None: takes no part in matching."""
         return None
 
-    def quality(self, round: Round, match: Match, targets: Targets) -> tuple[Tensor, Tensor] | None:
-        """How good matched answers are, (pairs,) 0..1, and for which pairs that is known, (pairs,) bool."""
+    def quality(self, round: Round, match: Match, targets: Targets) -> tuple[Tensor, Tensor | None] | None:
+        """How good matched answers are, (pairs,) 0..1, and for which pairs that is known, (pairs,) bool; None: for all."""
         return None
 
     def ignored(self, round: Round, targets: Targets) -> Tensor | None:

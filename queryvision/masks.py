@@ -1,6 +1,6 @@
 """Masks of an image that are built only when somebody asks for them.
 
-A hundred masks of a photograph of 1280 x 960 are 120 MB, and most are never looked at. So a result keeps what masks are made of.
+A hundred masks of a photograph of 1280 x 960 are 120 MB, and most are never looked at. So a result keeps what they are made of.
 
 Letters: k objects, E channels of an embedding, h, w cells of the map, H, W pixels of the original image.
 """
@@ -19,7 +19,9 @@ from torch import Tensor
 class MaskSource(Protocol):
     """What every kind of masks offers; `masks[keep]` are those of some objects."""
 
-    size: tuple[int, int]  # H, W
+    @property
+    def size(self) -> tuple[int, int]:
+        """H, W."""
 
     def __len__(self) -> int:
         """Number of masks, k."""

@@ -1,5 +1,4 @@
-"""The 80 object categories of COCO by their published ids, 1..90 with gaps, and the 53 of stuff in its panoptic files, 92..200
-(cocodataset.org)."""
+"""The 80 object categories of COCO and its 53 of stuff by their published ids (cocodataset.org), to 90 and 200, with gaps."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from queryvision.structures import Features, Memory, PixelMap
 
 
 class PixelDecoder(nn.Module):
-    """The backbone's finest level and the memory's finest one, enlarged to it; together the map of all masks (arXiv 2112.01527).
+    """The backbone's finest level and the memory's finest one, enlarged to it: the map of all masks (arXiv 2112.01527).
 
     Args:
         lateral: the backbone's finest map (B,C,h,w) -> (B,D',h,w).

@@ -103,11 +103,21 @@ class SelectedQueries(nn.Module):
         start: anchors and chosen tokens -> states and positions.
         teach_all: all tokens are taught as proposals (Deformable DETR), instead of the chosen ones (DINO).
         normed: heads see the chosen ones through the decoder's norm, as they see its layers (Mask DINO).
+        large_first: see `grid_anchors`.
     """
 
-    def __init__(self, num_queries: int, width: int, start: Start, teach_all: bool = False, normed: bool = False) -> None:
+    def __init__(
+        self,
+        num_queries: int,
+        width: int,
+        start: Start,
+        teach_all: bool = False,
+        normed: bool = False,
+        large_first: bool = False,
+    ) -> None:
         super().__init__()
         self.normed = normed
+        self.large_first = large_first
         self.num_queries = num_queries
         self.project = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width)
@@ -128,7 +138,7 @@ class SelectedQueries(nn.Module):
 
     def forward(self, memory: Memory, panel: Panel, contexts: Mapping[str, Any], norm: nn.Module | None = None) -> Queries:
         """The best proposals of each image."""
-        grid, valid = grid_anchors(memory)
+        grid, valid = grid_anchors(memory, large_first=self.large_first)
         tokens = memory.tokens.masked_fill(~valid[..., None], 0.0)
         everywhere = self.teach_all and self.training
         if everywhere:
@@ -183,15 +193,21 @@ def _look(memory: Memory, anchors: Tensor) -> Look:
     return Look(memory, anchors=anchors, base=anchors)
 
 
-def grid_anchors(memory: Memory, size: float = 0.05) -> tuple[Tensor, Tensor]:
+def grid_anchors(memory: Memory, size: float = 0.05, large_first: bool = False) -> tuple[Tensor, Tensor]:
     """A box at every token, growing with the level (Deformable-DETR:models/deformable_transformer.py).
+
+    Args:
+        memory: of all levels, finest first.
+        size: of the smallest boxes.
+        large_first: boxes shrink with the level, as in the published Mask DINO, whose levels are in reverse order there.
 
     Returns:
         Anchors (B,N,4) cx cy w h of the unpadded image, and which tokens are no padding and not at the very edge (B,N) bool;
         the others get (1,1,1,1), as published, which no object is like.
     """
     centres = cell_centres(memory)
-    rows = [centres.new_full((height * width, 2), size * 2**level) for level, (height, width) in enumerate(memory.shapes)]
+    steps = reversed(range(len(memory.shapes))) if large_first else range(len(memory.shapes))
+    rows = [centres.new_full((h * w, 2), size * 2**step) for step, (h, w) in zip(steps, memory.shapes, strict=True)]
     boxes = torch.cat((centres, torch.cat(rows).expand(len(centres), -1, -1)), -1)
     valid = ((boxes > 0.01) & (boxes < 0.99)).all(-1)  # false in padding, too, where centres lie beyond 1
     return boxes.masked_fill(~valid[..., None], 1.0), valid

@@ -1,4 +1,4 @@
-"""Losses and costs of masks on sampled points instead of all pixels (PointRend, arXiv 1912.08193; Mask2Former, arXiv 2112.01527).
+"""Losses and costs of masks on sampled points, not all pixels (PointRend, arXiv 1912.08193; Mask2Former, arXiv 2112.01527).
 
 Points are (x, y), 0..1 from edge to edge of the map they are read from.
 

@@ -13,11 +13,14 @@ FAMILIES = {
     "dino": "queryvision.weights.dino",
     "rtdetrv2": "queryvision.weights.rtdetrv2",
     "dfine": "queryvision.weights.dfine",
+    "mask2former": "queryvision.weights.mask2former",
+    "maskdino": "queryvision.weights.maskdino",
 }
 """Families of published checkpoints and their readers: modules with `TASK`, `read` and `rename`, imported when they are needed.
 
-`read(source)` gives {"state", "model", "classes", "config": name of the preset}, and perhaps "heads": {head: settings} that
-take the place of the preset's. `rename(state, heads)` gives our names and shapes.
+`read(source)` gives {"state", "model", "classes", "config": name of the preset}, perhaps "heads": {head: settings} that take
+the place of the preset's, and "task" where a family has checkpoints of several. `rename(state, heads)` gives our names and
+shapes.
 """
 
 

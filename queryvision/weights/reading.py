@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from queryvision.data.classes import ClassMap
-from queryvision.data.coco_classes import COCO_NAMES
+from queryvision.data.coco_classes import COCO_NAMES, COCO_STUFF
 from queryvision.engine.checkpoint import read_file
 from queryvision.errors import CheckpointError
 from queryvision.head import Head
@@ -105,9 +105,27 @@ def check_resnet50(source: str, state: Mapping[str, Tensor]) -> None:
 
 
 def class_map(rows: int) -> ClassMap:
-    """COCO's sparse ids 0..90 for a published classifier, plain numbers for somebody's fine-tuned one."""
-    names = [COCO_NAMES.get(i, f"unused {i}") if rows == 91 else f"class {i}" for i in range(rows)]
-    return ClassMap(tuple(range(rows)), tuple(names), (True,) * rows)
+    """Classes of a published classifier that has a row for every id.
+
+    Args:
+        rows: 91: COCO's ids 0..90, with gaps; 250: its panoptic ids, stuff from 92 on; another number is somebody's fine-tuned
+            one, whose classes have plain numbers.
+    """
+    known = {91: COCO_NAMES, 250: COCO_NAMES | COCO_STUFF}.get(rows, {})
+    names = [known.get(i, f"unused {i}") if known else f"class {i}" for i in range(rows)]
+    return ClassMap(tuple(range(rows)), tuple(names), tuple(rows != 250 or i <= max(COCO_NAMES) for i in range(rows)))
+
+
+def dense_class_map(rows: int) -> ClassMap:
+    """Classes of a classifier without gaps.
+
+    Args:
+        rows: 80: COCO's objects; 133: its objects, then its stuff; another number is as in `class_map`.
+    """
+    known = {80: COCO_NAMES, 133: COCO_NAMES | COCO_STUFF}.get(rows)
+    if known is None:
+        return class_map(rows)
+    return ClassMap(tuple(known), tuple(known.values()), tuple(i in COCO_NAMES for i in known))
 
 
 ALIASES = {

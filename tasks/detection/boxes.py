@@ -71,6 +71,7 @@ class BoxHead(Head):
             "model.decoder.pre_bbox_head.": "mlp.layers.0.",
             "model.enc_bbox_head.": "mlp.proposals.",
         },
+        "maskdino": {"sem_seg_head.predictor._bbox_embed.": "mlp.layers.0."},
     }
 
     def __init__(
@@ -167,11 +168,11 @@ class BoxHead(Head):
         giou = generalized_box_iou(cxcywh_to_xyxy(boxes)[..., None, :], cxcywh_to_xyxy(wanted)[:, None])
         return targets.only_known(torch.add(distance * self.l1_cost, giou, alpha=-self.giou_cost), self.name)
 
-    def quality(self, round: Round, match: Match, targets: Targets) -> tuple[Tensor, Tensor]:
+    def quality(self, round: Round, match: Match, targets: Targets) -> tuple[Tensor, Tensor | None]:
         """IoU of the pair."""
         found = cxcywh_to_xyxy(match.predicted(round.answers[self.name]["boxes"]))
         iou = box_iou(found, cxcywh_to_xyxy(match.wanted(targets["boxes"])))
-        return iou, match.wanted(targets.has["boxes"])
+        return iou, None if targets.num_with["boxes"] == targets.counts else match.wanted(targets.has["boxes"])
 
     def ignored(self, round: Round, targets: Targets) -> Tensor | None:
         """Boxes that lie in a crowd or ignore region, (S,B,Q)."""

@@ -65,6 +65,11 @@ class LabelHead(Head):
         },
         "rtdetrv2": HYBRID,
         "dfine": HYBRID,
+        "mask2former": {"sem_seg_head.predictor.class_embed.": "linear.layers.0."},
+        "maskdino": {
+            "sem_seg_head.predictor.class_embed.": "linear.layers.0.",
+            "sem_seg_head.predictor.label_enc.": "embedding.",
+        },
     }
     class_rows = (r"linear\..*\.(weight|bias)", r"embedding\.weight")
 

@@ -1,9 +1,10 @@
 """MaskHead: which pixels a query's object covers.
 
-A mask is the product of the query's embedding and the image's pixel map, so an answer is the embedding alone: matching reads the
-map at points, the loss builds the masks of pairs, a result those that are looked at.
+A mask is the product of the query's embedding and the image's pixel map, so an answer is the embedding alone: matching reads
+the map at points, the loss builds the masks of pairs, a result those that are looked at.
 
-Legend: B images, Q queries, T targets, S stages, D width, E channels of the pixel map, h, w its cells, P points, n pairs, k picks.
+Legend: B images, Q queries, T targets, S stages, D width, E channels of the pixel map, h, w its cells, P points, n pairs,
+k picks.
 Points are (x, y), 0..1 from edge to edge of the pixel map.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -55,7 +56,7 @@ class Canvas:
 
 
 class MaskHead(Head):
-    """Three linear layers to an embedding; cross entropy and dice on points, in matching and loss (Mask2Former, arXiv 2112.01527).
+    """Three linear layers to an embedding; cross entropy and dice on points (Mask2Former, arXiv 2112.01527).
 
     Args:
         fit: D, or all that it must fit.
@@ -101,7 +102,8 @@ class MaskHead(Head):
         check_range("heads.masks", 0, 1, uncertain=uncertain, least=least, overlap=overlap)
         check_range("heads.masks", 1, math.inf, points=points, oversample=oversample)
         self.fit = Fit.of(fit)
-        self.mlp = PerStage(lambda proposals: MLP(self.fit.width, self.fit.width, self.fit.pixels, 3), self.fit)
+        stages = self.fit if self.fit.starts else replace(self.fit, proposals="none")
+        self.mlp = PerStage(lambda proposals: MLP(self.fit.width, self.fit.width, self.fit.pixels, 3), stages)
         self.entropy_cost, self.dice_cost = entropy_cost, dice_cost
         self.weights = {"entropy": entropy, "dice": dice}
         self.points, self.oversample, self.uncertain = points, oversample, uncertain
@@ -119,8 +121,10 @@ class MaskHead(Head):
                 levels = [F.interpolate(pixels.map, size, mode="bilinear", align_corners=False).flatten(2) for size in sizes]
         return Canvas(pixels, levels)
 
-    def forward(self, view: View) -> Answer:
-        """{"embedding": (B,Q,E)}."""
+    def forward(self, view: View) -> Answer | None:
+        """{"embedding": (B,Q,E)}; None before the first layer, unless what follows depends on these masks."""
+        if view.stage.kind != "layer" and not (self.fit.starts or self.fit.hides):
+            return None
         return {"embedding": self.mlp.at(view.stage)(view.state)}
 
     def feedback(self, answer: Answer, view: View) -> Feedback:

@@ -19,7 +19,7 @@ from queryvision.tasks.detection.boxes import BoxHead
 from queryvision.tasks.detection.labels import LabelHead
 from queryvision.tasks.instance.masks import MaskHead
 
-STEERING = Steering(rank="labels", first="boxes", later="boxes", hidden="masks", quality=("masks", "boxes"))
+STEERING = Steering(rank="labels", first="boxes", later="boxes", hidden="masks", quality=("boxes", "masks"))
 
 
 def by_masks_alone(fit: Fit) -> bool:

@@ -10,7 +10,7 @@ k picks.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from queryvision.errors import ConfigError, check_range
 from queryvision.head import Fit, Head, Scene, View
-from queryvision.masks import Masks
+from queryvision.masks import Masks, MaskSource
 from queryvision.ops.losses import sigmoid_focal
 from queryvision.ops.points import dice
 from queryvision.structures import Answer, Facts, Features, Match, Memory, Picks, Round, Targets
@@ -100,7 +100,7 @@ class FinerMaps(nn.Module):
         weight, width = first.weight, coarse.shape[1]
         shared = F.conv2d(coarse, weight[:, :width], first.bias, padding=1)  # the same for all queries
         lateral = [self.get_submodule(f"adapter{i + 1}")(level) for i, level in enumerate(reversed(finer))]
-        parts = [self._finer(part, weight[:, width:], shared, lateral) for part in attention.split(CHUNK, 1)]
+        parts = [self._finer(part, weight[:, width:], shared, lateral) for part in torch.split(attention, CHUNK, 1)]
         return torch.cat(parts, 1)
 
     def _finer(self, attention: Tensor, weight: Tensor, shared: Tensor, lateral: Sequence[Tensor]) -> Tensor:
@@ -108,14 +108,15 @@ class FinerMaps(nn.Module):
         batch = len(attention)
 
         def add(x: Tensor, level: Tensor) -> Tensor:
-            return (x.unflatten(0, (batch, -1)) + level[:, None]).flatten(0, 1)
+            return (x.view(batch, -1, *x.shape[1:]) + level[:, None]).flatten(0, 1)
 
         x = add(F.conv2d(attention.flatten(0, 1), weight, padding=1), shared)
         x = F.relu(self.get_submodule("gn1")(x), inplace=True)
         x = self._block(x, 2)
         for index, level in enumerate(lateral, 3):
             x = self._block(add(F.interpolate(x, level.shape[-2:], mode="nearest"), level), index)
-        return self.out_lay(x).unflatten(0, (batch, -1))[:, :, 0]  # type: ignore[no-any-return]
+        logits: Tensor = self.out_lay(x)
+        return logits.view(batch, -1, *logits.shape[-2:])
 
     def _block(self, x: Tensor, index: int) -> Tensor:
         x = self.get_submodule(f"gn{index}")(self.get_submodule(f"lay{index}")(x))
@@ -159,7 +160,7 @@ class AttentionMaskHead(Head):
         check_range("heads.attention_masks", 0, 1, least=least, overlap=overlap)
         check_range("heads.attention_masks", 1, math.inf, num_heads=num_heads)
         if not fit.maps:
-            raise ConfigError("head 'masks' is made of attention maps, and this model offers none; take detr_panoptic_r50")
+            raise ConfigError("head 'masks' is made of attention maps, and this model offers none; take detr_masks_r50")
         if fit.width % num_heads or fit.width % 16:
             raise ConfigError(f"heads.attention_masks.num_heads = {num_heads}: must divide the width {fit.width}, and 16 too")
         self.attention = AttentionMap(fit.width, num_heads)
@@ -216,6 +217,6 @@ class AttentionMaskHead(Head):
         inside = logits > 0
         return (logits.sigmoid() * inside).sum(-1) / (inside.sum(-1) + 1e-6)
 
-    def decode(self, round: Round, picks: Picks, sizes: Tensor) -> dict[str, Tensor | Sequence[Masks]]:
+    def decode(self, round: Round, picks: Picks, sizes: Tensor) -> Mapping[str, Tensor | Sequence[MaskSource]]:
         """{"masks": B x `Masks`}."""
         return {"masks": self.masks_of(round, picks.queries, sizes)}

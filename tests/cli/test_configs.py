@@ -17,11 +17,17 @@ from queryvision.criterion import Criterion
 from queryvision.data.loader import BatchPlan, train_loader
 from queryvision.data.transforms import training_transform
 from queryvision.model.backbone import Backbone, make_backbone
-from queryvision.model.builders import contrastive, deformable, dense, distributional, hybrid
+from queryvision.model.builders import contrastive, deformable, dense, distributional, hybrid, mask_dino, masked
 from queryvision.splits import open_splits
 from queryvision.task import resolve_task
 
 NAMES = [f"{path.parent.name}/{path.stem}" for path in presets()]
+MASKS = {"heads.masks.points": 64}
+HEADS: dict[str, dict[str, Any]] = {
+    "instance": MASKS,
+    "panoptic": {**MASKS, "heads.masks.least": 0, "heads.masks.overlap": 0, "heads.attention_masks.least": 0},
+}
+"""Of each task: masks that are read at few points, and segments that are kept however unsure they are."""
 
 
 def tiny(name: str, data: Path, **more: Any) -> Config:
@@ -29,7 +35,7 @@ def tiny(name: str, data: Path, **more: Any) -> Config:
     task, _, preset = name.partition("/")
     flags = {"data.path": str(data), "data.image_size": 64, "data.workers": 0, "train.batch_size": 2, "train.accumulate": 1,
              "train.steps": 2, "weights": "none", "model.num_queries": 15, "evaluation.pictures": 0}  # fmt: skip
-    return load_config(task, preset, {**flags, **more})
+    return load_config(task, preset, {**flags, **HEADS.get(task, {}), **more})
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +47,7 @@ def small_backbones(monkeypatch: pytest.MonkeyPatch) -> None:
         name = name.split(".")[0].replace("vit_base", "vit_tiny").replace("_b4", "_b0").replace("_b2", "_b0")
         return make_backbone(name, strides, frozen_norm, dilated, *rest)
 
-    for module in (dense, deformable, contrastive, distributional, hybrid):
+    for module in (dense, deformable, contrastive, distributional, hybrid, mask_dino, masked):
         monkeypatch.setattr(module, "make_backbone", small)
 
 
@@ -68,6 +74,7 @@ def test_every_parameter_gets_a_gradient(name: str, scenes: Path) -> None:
 def test_it_takes_two_steps_and_predicts(name: str, scenes: Path, tmp_path: Path) -> None:
     task, _, preset = name.partition("/")
     settings = ["data.workers=0", "train.accumulate=1", "model.num_queries=15", "evaluation.pictures=2"]
+    settings += [f"{key}={value}" for key, value in HEADS.get(task, {}).items()]
     folder = queryvision.train(
         task, preset, data=scenes, image_size=64, batch_size=2, steps=2, weights="none", output=tmp_path, settings=settings
     )
@@ -75,4 +82,8 @@ def test_it_takes_two_steps_and_predicts(name: str, scenes: Path, tmp_path: Path
     assert int(rows[-1]["step"]) == 2 and math.isfinite(float(rows[-1]["loss"])) and float(rows[-1]["loss"]) > 0
     pictures = sorted((scenes / "images").rglob("*.jpg")) or sorted(scenes.rglob("*.png"))
     result = queryvision.load(folder / "best.pt").predict(pictures[0], threshold=0.0)
-    assert len(result.scores) > 0 and bool(torch.isfinite(result.scores).all())
+    assert bool(torch.isfinite(result.scores).all())
+    if task == "panoptic":  # where no mask says yes, no segment is left
+        assert tuple(result.maps["semantic"].shape) == tuple(result.size)
+    else:
+        assert len(result.scores) > 0

@@ -47,6 +47,33 @@ def published_detr_state(peer: nn.Module) -> dict[str, Tensor]:
     return _published(peer.state_dict(), names)
 
 
+def published_panoptic_state(peer: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of `transformers`' DetrForSegmentation under the names of facebookresearch/detr."""
+    tensors = peer.state_dict() if isinstance(peer, nn.Module) else peer
+    names = (
+        (r"encoder_attn_layer_norm", "norm2"),
+        (r"self_attn_layer_norm", "norm1"),
+        (r"encoder_attn", "multihead_attn"),
+    )
+    inner = {key.removeprefix("detr."): value for key, value in tensors.items() if key.startswith("detr.")}
+    out = {f"detr.{key}": value for key, value in _published(inner, names).items()}
+    rules = (
+        (r"^bbox_attention\.([qk])_proj", r"bbox_attention.\1_linear"),
+        (r"^mask_head\.conv(\d)\.conv", r"mask_head.lay\1"),
+        (r"^mask_head\.conv(\d)\.norm", r"mask_head.gn\1"),
+        (r"^mask_head\.fpn_stages\.(\d)\.fpn_adapter", lambda m: f"mask_head.adapter{int(m[1]) + 1}"),
+        (r"^mask_head\.fpn_stages\.(\d)\.refine\.conv", lambda m: f"mask_head.lay{int(m[1]) + 3}"),
+        (r"^mask_head\.fpn_stages\.(\d)\.refine\.norm", lambda m: f"mask_head.gn{int(m[1]) + 3}"),
+        (r"^mask_head\.output_conv", "mask_head.out_lay"),
+    )
+    for key, value in tensors.items():
+        if not key.startswith("detr."):
+            for pattern, replacement in rules:
+                key = re.sub(pattern, replacement, key)
+            out[key] = value.clone()
+    return out
+
+
 def published_deformable_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of `transformers`' DeformableDetrForObjectDetection (weights, gradients) under the names of Deformable-DETR."""
     names = (
@@ -157,6 +184,30 @@ def tiny_peer(num_labels: int = 5, *, full: bool = False, seed: int = 0, **chang
     config = DetrConfig(num_labels=num_labels, **{**sizes, **changes})
     peer = DetrForObjectDetection(config).eval()
     give_each_parameter_its_own_gain(peer, seed)
+    return peer
+
+
+def tiny_panoptic_peer(num_labels: int = 5, *, full: bool = False, seed: int = 0) -> nn.Module:
+    """A DetrForSegmentation with random weights: resnet18 and narrow, or the full DETR-R50 with COCO's 250 ids."""
+    from transformers import DetrConfig, DetrForSegmentation, ResNetConfig
+
+    torch.manual_seed(seed)
+    levels = [f"stage{i}" for i in range(1, 5)]
+    sizes: dict[str, object] = {"backbone_config": ResNetConfig(out_features=levels), "num_labels": 250}
+    if not full:
+        backbone = ResNetConfig(hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic", out_features=levels)
+        sizes = {
+            "backbone_config": backbone, "d_model": 64, "encoder_layers": 2, "decoder_layers": 3, "encoder_ffn_dim": 64,
+            "decoder_ffn_dim": 64, "encoder_attention_heads": 8, "decoder_attention_heads": 8, "num_queries": 9,
+            "num_labels": num_labels, "dropout": 0.0,
+        }  # fmt: skip
+    peer = DetrForSegmentation(DetrConfig(**sizes)).eval()
+    give_each_parameter_its_own_gain(peer, seed)
+    with torch.no_grad():
+        for linear in (peer.bbox_attention.q_proj, peer.bbox_attention.k_proj):  # attention that is not nearly flat
+            linear.weight.mul_(2)
+        peer.mask_head.conv1.conv.weight[:, -8:] *= 200  # many cells share one probability
+        peer.mask_head.output_conv.weight *= 2
     return peer
 
 

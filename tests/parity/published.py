@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -83,6 +84,32 @@ def deformable_parts(channels: Sequence[int], ffn: int) -> Shapes:
     return shapes
 
 
+def packed_attention(name: str) -> Shapes:
+    return {f"{name}.in_proj_weight": (768, 256), f"{name}.in_proj_bias": (768,)} | linear(f"{name}.out_proj", 256, 256)
+
+
+def detr_panoptic() -> Shapes:
+    """detr-r50-panoptic-00ce5173.pth of DETR."""
+    shapes = (
+        resnet50() | convolution("input_proj", 256, 2048, 1) | {"input_proj.bias": (256,), "query_embed.weight": (100, 256)}
+    )
+    for index in range(6):
+        for side, attentions in (("encoder", ("self_attn",)), ("decoder", ("self_attn", "multihead_attn"))):
+            name = f"transformer.{side}.layers.{index}"
+            shapes |= linear(f"{name}.linear1", 2048, 256) | linear(f"{name}.linear2", 256, 2048)
+            for number, attention in enumerate((*attentions, None), 1):
+                shapes |= norm(f"{name}.norm{number}") | (packed_attention(f"{name}.{attention}") if attention else {})
+    shapes |= norm("transformer.decoder.norm") | linear("class_embed", 251, 256) | mlp("bbox_embed", 256, 256, 256, 4)
+    shapes = {f"detr.{name}": shape for name, shape in shapes.items()}
+    shapes |= linear("bbox_attention.q_linear", 256, 256) | linear("bbox_attention.k_linear", 256, 256)
+    for index, (into, out) in enumerate(((264, 264), (264, 128), (128, 64), (64, 32), (32, 16)), 1):
+        shapes |= convolution(f"mask_head.lay{index}", out, into, 3) | {f"mask_head.lay{index}.bias": (out,)}
+        shapes |= norm(f"mask_head.gn{index}", out)
+    for index, (into, out) in enumerate(((1024, 128), (512, 64), (256, 32)), 1):
+        shapes |= convolution(f"mask_head.adapter{index}", out, into, 1) | {f"mask_head.adapter{index}.bias": (out,)}
+    return shapes | convolution("mask_head.out_lay", 1, 16, 3) | {"mask_head.out_lay.bias": (1,)}
+
+
 def heads(prefix: str, sets: int) -> Shapes:
     shapes: Shapes = {}
     for index in range(sets):
@@ -153,3 +180,80 @@ def of_transformers(model: type, settings: Mapping[str, Any]) -> tuple[dict[str,
         if name.endswith(("decoder.up", "decoder.reg_scale")):
             state[name] = torch.tensor([config.up if name.endswith("up") else config.reg_scale])
     return state, json.loads(json.dumps(config.to_dict(), default=str))
+
+
+# ---------------------------------------------------------------------------------------------------- on detectron2
+def detectron_resnet50() -> Shapes:
+    shapes = convolution("backbone.stem.conv1", 64, 3, 7) | frozen_norm("backbone.stem.conv1.norm", 64)
+    into = 64
+    for stage, blocks in enumerate((3, 4, 6, 3)):
+        inner, out = 64 * 2**stage, 256 * 2**stage
+        for block in range(blocks):
+            name = f"backbone.res{stage + 2}.{block}"
+            parts = [("conv1", inner, into, 1), ("conv2", inner, inner, 3), ("conv3", out, inner, 1)]
+            for part, o, i, size in [("shortcut", out, into, 1), *parts] if block == 0 else parts:
+                shapes |= convolution(f"{name}.{part}", o, i, size) | frozen_norm(f"{name}.{part}.norm", o)
+            into = out
+    return shapes
+
+
+def detectron_pixels(channels: Sequence[int], ffn: int) -> Shapes:
+    """Backbone and pixel decoder: one input projection of each level; those of stride 2 come last."""
+    name, levels = "sem_seg_head.pixel_decoder", len(channels)
+    shapes = detectron_resnet50() | {f"{name}.transformer.level_embed": (levels, 256)}
+    for index, into in enumerate(channels):
+        size = 3 if index == 3 else 1
+        shapes |= convolution(f"{name}.input_proj.{index}.0", 256, into, size) | {f"{name}.input_proj.{index}.0.bias": (256,)}
+        shapes |= norm(f"{name}.input_proj.{index}.1")
+    for index in range(6):
+        layer = f"{name}.transformer.encoder.layers.{index}"
+        shapes |= deformable_attention(f"{layer}.self_attn", levels) | norm(f"{layer}.norm1") | norm(f"{layer}.norm2")
+        shapes |= linear(f"{layer}.linear1", ffn, 256) | linear(f"{layer}.linear2", 256, ffn)
+    shapes |= convolution(f"{name}.mask_features", 256, 256, 1) | {f"{name}.mask_features.bias": (256,)}
+    shapes |= convolution(f"{name}.adapter_1", 256, 256, 1) | norm(f"{name}.adapter_1.norm")
+    return shapes | convolution(f"{name}.layer_1", 256, 256, 3) | norm(f"{name}.layer_1.norm")
+
+
+def mask2former(classes: int) -> Shapes:
+    """model_final_3c8ec9.pkl (80 classes) and model_final_94dc52.pkl (133) of Mask2Former."""
+    name = "sem_seg_head.predictor"
+    shapes = detectron_pixels((2048, 1024, 512), 1024)
+    for index in range(9):
+        for kind, attention in (("self", "self_attn"), ("cross", "multihead_attn")):
+            layer = f"{name}.transformer_{kind}_attention_layers.{index}"
+            shapes |= packed_attention(f"{layer}.{attention}") | norm(f"{layer}.norm")
+        layer = f"{name}.transformer_ffn_layers.{index}"
+        shapes |= linear(f"{layer}.linear1", 2048, 256) | linear(f"{layer}.linear2", 256, 2048) | norm(f"{layer}.norm")
+    shapes |= norm(f"{name}.decoder_norm") | {f"{name}.{part}.weight": (100, 256) for part in ("query_feat", "query_embed")}
+    shapes |= {f"{name}.level_embed.weight": (3, 256)} | linear(f"{name}.class_embed", classes + 1, 256)
+    return shapes | mlp(f"{name}.mask_embed", 256, 256, 256, 256) | {"criterion.empty_weight": (classes + 1,)}
+
+
+def maskdino(classes: int, ffn: int = 2048) -> Shapes:
+    """maskdino_r50_50ep_300q_hid{1024,2048}_3sd1_{instance_maskenhanced,panoptic}_*.pth of MaskDINO."""
+    name = "sem_seg_head.predictor"
+    shapes = detectron_pixels((512, 1024, 2048, 2048), ffn)
+    shapes |= (
+        linear(f"{name}.enc_output", 256, 256) | norm(f"{name}.enc_output_norm") | linear(f"{name}.class_embed", classes, 256)
+    )
+    shapes |= {f"{name}.label_enc.weight": (classes, 256)} | mlp(f"{name}.mask_embed", 256, 256, 256, 256)
+    shapes |= norm(f"{name}.decoder_norm") | norm(f"{name}.decoder.norm")
+    for index in range(9):
+        layer = f"{name}.decoder.layers.{index}"
+        shapes |= deformable_attention(f"{layer}.cross_attn", 4) | packed_attention(f"{layer}.self_attn")
+        shapes |= linear(f"{layer}.linear1", 2048, 256) | linear(f"{layer}.linear2", 256, 2048)
+        for number in (1, 2, 3):
+            shapes |= norm(f"{layer}.norm{number}")
+    shapes |= mlp(f"{name}.decoder.ref_point_head", 512, 256, 256)
+    for box in ("_bbox_embed", *(f"{part}bbox_embed.{i}" for part in ("", "decoder.") for i in range(9))):
+        shapes |= mlp(f"{name}.{box}", 256, 256, 256, 4)
+    return shapes | {"criterion.empty_weight": (classes + 1,)}
+
+
+def with_maskdino_copies(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Makes the tensors equal that are one in the published model."""
+    out = {}
+    for key in state:
+        first = re.sub(r"predictor\.(decoder\.)?bbox_embed\.\d\.", "predictor._bbox_embed.", key)
+        out[key] = state[first.replace("decoder.norm.", "decoder_norm.")]
+    return out

@@ -220,7 +220,7 @@ def test_pairs_losses_and_gradients_with_the_same_points(monkeypatch: pytest.Mon
         ("neck.levels.0.0.weight", f"{pixels}.decoder.input_projections.2.0.weight"),
     ):  # fmt: skip
         mine, peers = model.get_parameter(own).grad, peer.get_parameter(theirs).grad
-        torch.testing.assert_close(mine, peers, atol=2e-4 * float(peers.abs().max()) + 1e-6, rtol=2e-3)
+        torch.testing.assert_close(mine, peers, atol=1e-3 * float(peers.abs().max()), rtol=2e-3)
 
 
 @torch.no_grad()

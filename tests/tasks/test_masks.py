@@ -246,7 +246,7 @@ def test_every_part_learns_and_losses_are_finite(name: str) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_an_image_without_objects_is_an_ordinary_image(name: str) -> None:
-    model, (images, targets) = model_of(name).train(), batch()
+    model, (images, _) = model_of(name).train(), batch()
     empty = targets_of(torch.zeros(2, 0, 96, 130, dtype=torch.bool), (0, 0), images.sizes)
     assert Criterion(model.heads.heads(), model.steering)(model(images, empty), empty).total.isfinite()
 

@@ -11,18 +11,19 @@ from queryvision.errors import ConfigError, nearest
 from queryvision.model.builders.checks import HeadParts
 from queryvision.model.builders.contrastive import dino, dino_r50, dino_small, dino_vit
 from queryvision.model.builders.deformable import deformable_detr, deformable_detr_r50
-from queryvision.model.builders.dense import detr, detr_panoptic_r50, detr_panoptic_r101, detr_r50, detr_r101, detr_small
+from queryvision.model.builders.dense import detr, detr_masks_r50, detr_masks_r101, detr_r50, detr_r101, detr_small
 from queryvision.model.builders.distributional import dfine, dfine_l, dfine_m, dfine_s, dfine_small
 from queryvision.model.builders.hybrid import rtdetrv2, rtdetrv2_r18, rtdetrv2_r50
-from queryvision.model.builders.masked import mask2former, mask2former_r50, mask2former_small, maskdino, maskdino_r50
+from queryvision.model.builders.mask_dino import maskdino, maskdino_r50
+from queryvision.model.builders.masked import mask2former, mask2former_r50, mask2former_small
 from queryvision.model.query_model import QueryModel
 
 BUILDERS: tuple[Callable[..., QueryModel], ...] = (
     detr,
     detr_r50,
     detr_r101,
-    detr_panoptic_r50,
-    detr_panoptic_r101,
+    detr_masks_r50,
+    detr_masks_r101,
     detr_small,
     deformable_detr,
     deformable_detr_r50,
@@ -52,8 +53,8 @@ __all__ = [
     "deformable_detr",
     "deformable_detr_r50",
     "detr",
-    "detr_panoptic_r50",
-    "detr_panoptic_r101",
+    "detr_masks_r50",
+    "detr_masks_r101",
     "detr_r50",
     "detr_r101",
     "detr_small",

@@ -99,14 +99,14 @@ def detr_r101(heads: HeadParts, steering: Steering | None = None, *, dc5: bool =
     return detr(heads, steering, backbone="resnet101", dc5=dc5, num_queries=num_queries)
 
 
-def detr_panoptic_r50(
+def detr_masks_r50(
     heads: HeadParts, steering: Steering | None = None, *, dc5: bool = False, num_queries: int = 100
 ) -> QueryModel:
     """DETR-R50 with masks as published: PQ 43.4 on COCO val2017; with `dc5` 44.6 (detr:README.md)."""
     return detr(heads, steering, backbone="resnet50", dc5=dc5, attention_maps=True, num_queries=num_queries)
 
 
-def detr_panoptic_r101(
+def detr_masks_r101(
     heads: HeadParts, steering: Steering | None = None, *, dc5: bool = False, num_queries: int = 100
 ) -> QueryModel:
     """DETR-R101 with masks as published: PQ 45.1 on COCO val2017 (detr:README.md)."""
