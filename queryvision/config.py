@@ -197,6 +197,9 @@ def find_preset(task: str | None, config: str | None, custom: bool = False) -> P
     found = [p for p in mine if config in (p.stem, f"{p.parent.name}/{p.stem}")]
     if not found:
         raise ConfigError(f"there is no configuration '{config}'; {nearest(config, {p.stem for p in mine})}")
+    usual = [p for p in found if p.parent.name == (task or "detection")]
+    if len(found) > 1 and len(usual) == 1:
+        return usual[0]
     if len(found) > 1:
         names = ", ".join(f"{p.parent.name}/{p.stem}" for p in found)
         raise ConfigError(f"several tasks have a configuration '{config}': {names}; choose with --task")

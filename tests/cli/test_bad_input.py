@@ -544,7 +544,7 @@ def test_convert(refused: Refused, trained: Path, tmp_path: Path, monkeypatch: p
         "detrr",
         "-o",
         output,
-        says=("--from detrr", "did you mean 'detr'", "deformable-detr, detr, dfine, dino, rtdetrv2"),
+        says=("--from detrr", "did you mean 'detr'", "deformable-detr, detr, dfine, dino, mask2former, maskdino, rtdetrv2"),
     )
     refused("convert", "x.pth", "--from", "dino", "--dc5", "-o", output, says="checkpoints of --from dino are never dilated")
     refused("convert", tmp_path / "nowhere.pth", "--from", "detr", "-o", output, says="there is no checkpoint")
