@@ -154,7 +154,8 @@ def test_gradients_of_the_whole_model(refine: bool, two_stage: bool) -> None:
         scale = wanted[name].abs().max()
         assert scale > 1e-6, f"{name}: no gradient"
         error = (parameter.grad - wanted[name]).abs().max() / scale
-        assert error <= 1e-4, f"{name}: {error:.1e} of {scale:.1e}"
+        # Behind the first ReLUs a unit near 0 can be on in one model and off in the other; which, depends on the processor.
+        assert error <= (2e-3 if name.startswith("backbone.") else 1e-4), f"{name}: {error:.1e} of {scale:.1e}"
 
 
 # ---------------------------------------------------------------------------------------------------- matcher and losses

@@ -537,15 +537,15 @@ def test_sizes_are_told_by_tensors_and_all_of_them_have_a_place(
 
 
 def test_a_file_of_published_size_answers_the_same(tmp_path: Path) -> None:
-    """30 queries, so that who is chosen does not hang on rounding, and other bins; a file of `transformers` itself."""
+    """12 queries, so that who is chosen does not hang on rounding, and other bins; a file of `transformers` itself."""
     torch.manual_seed(0)
-    settings = settings_of("s", num_queries=30, reg_scale=8.0, up=0.4)
+    settings = settings_of("s", num_queries=12, reg_scale=8.0, up=0.4)
     peer = varied(DFineForObjectDetection(DFineConfig(**settings))).eval()
     peer.save_pretrained(tmp_path / "dfine-small-coco")
     ours = queryvision.convert(tmp_path / "dfine-small-coco", "dfine", tmp_path / "ours.pt")
     predictor = queryvision.load(ours, image_size=320, overlap=1.0)
     config = predictor.loaded.config
-    assert config.model["name"] == "dfine_s" and config.name == "dfine_s_coco" and predictor.model.num_queries == 30
+    assert config.model["name"] == "dfine_s" and config.name == "dfine_s_coco" and predictor.model.num_queries == 12
     assert [config.heads["boxes"][key] for key in ("bins", "scale", "box_noise")] == [32, 8.0, 1.0]
     assert config.heads["boxes"]["bound"] == pytest.approx(0.4) and config.heads["labels"]["loss"] == "varifocal"
     same_predictions(predictor, peer)
