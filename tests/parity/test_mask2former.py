@@ -224,8 +224,8 @@ def test_pairs_losses_and_gradients_with_the_same_points(monkeypatch: pytest.Mon
 
 
 @torch.no_grad()
-def test_masked_padding_changes_nothing_behind_the_features() -> None:
-    """With `see_padding=False` no query looks at padding, and a group norm is all that a wider canvas can change."""
+def test_padding_can_be_masked() -> None:
+    """With `see_padding=False` the memory knows its padding, and points are drawn in the image only."""
     peer, images = tiny_peer(), padded_batch(128, 192)
     model = ours(peer, see_padding=False)
     outputs = model(images)
