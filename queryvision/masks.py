@@ -44,6 +44,8 @@ class Masks:
     pixels: Tensor  # (E,h,w)
     extent: tuple[float, float]  # height and width of the image in cells of the map; what lies beyond is padding
     size: tuple[int, int]  # H, W
+    across: Tensor | None = None  # (k,w) what is added to every column ...
+    down: Tensor | None = None  # (k,h) ... and row, before padding is left out
 
     def __len__(self) -> int:
         """Number of masks."""
@@ -51,17 +53,22 @@ class Masks:
 
     def __getitem__(self, rows: Tensor) -> Masks:
         """Some of them: (k,) bool, or indices."""
-        return replace(self, embeddings=self.embeddings[rows])
+        across, down = (None if part is None else part[rows] for part in (self.across, self.down))
+        return replace(self, embeddings=self.embeddings[rows], across=across, down=down)
 
     def cpu(self) -> Masks:
         """The same on the host."""
-        return replace(self, embeddings=self.embeddings.cpu(), pixels=self.pixels.cpu())
+        across, down = (None if part is None else part.cpu() for part in (self.across, self.down))
+        return replace(self, embeddings=self.embeddings.cpu(), pixels=self.pixels.cpu(), across=across, down=down)
 
     def logits(self) -> Tensor:
         """(k,h,w) float32 on the cells of the map; above 0 is inside. Padding is left out."""
         height, width = (min(side, -int(-cells // 1)) for side, cells in zip(self.pixels.shape[1:], self.extent, strict=True))
         seen = self.pixels[:, :height, :width].float()
-        return (self.embeddings.float() @ seen.flatten(1)).view(-1, height, width)
+        masks = (self.embeddings.float() @ seen.flatten(1)).view(-1, height, width)
+        if self.across is None or self.down is None:
+            return masks
+        return masks + self.across[:, None, :width] + self.down[:, :height, None]
 
     def full_logits(self, most: int = 8) -> Iterator[Tensor]:
         """Logits in pixels of the original image, (at most `most`,H,W) float32 at a time, bilinear between the cells."""

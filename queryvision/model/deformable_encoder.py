@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from queryvision.layers.attention import FeedForward
 from queryvision.layers.deformable import DeformableAttention
@@ -25,10 +26,15 @@ class DeformableEncoderLayer(nn.Module):
         width: D.
         ffn_width: channels inside the feed-forward part.
         dropout: everywhere, in training.
+        recompute: nothing of the feed-forward part is kept for the backward pass, which computes it once more: less memory,
+            more time, the same numbers.
     """
 
-    def __init__(self, attention: DeformableAttention, width: int, ffn_width: int, dropout: float) -> None:
+    def __init__(
+        self, attention: DeformableAttention, width: int, ffn_width: int, dropout: float, recompute: bool = False
+    ) -> None:
         super().__init__()
+        self.recompute = recompute
         self.self_attn = attention
         self.ffn = FeedForward(width, ffn_width, dropout)
         self.norm1 = nn.LayerNorm(width)
@@ -39,6 +45,11 @@ class DeformableEncoderLayer(nn.Module):
         """Tokens (B,N,D) -> (B,N,D); reference (B,N,L,2)."""
         found = self.self_attn(tokens + memory.positions, reference, tokens, memory.shapes, memory.padding)
         tokens = self.norm1(tokens + dropout(found, self.dropout, self.training))
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(self._feed, tokens, use_reentrant=False)  # type: ignore[no-any-return]
+        return self._feed(tokens)
+
+    def _feed(self, tokens: Tensor) -> Tensor:
         return self.norm2(tokens + dropout(self.ffn(tokens), self.dropout, self.training))  # type: ignore[no-any-return]
 
 

@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from queryvision.errors import ConfigError, check_range
 from queryvision.head import Feedback, Fit, Head, Scene, View
@@ -49,6 +49,11 @@ class Canvas:
         height, width = self.pixels.map.shape[-2:]
         return self.pixels.extents.new_tensor([width, height])
 
+    def middles(self, axis: int) -> Tensor:
+        """Middles of the map's columns (axis 0) or rows (1), 0..1 of each unpadded image, (B,w) or (B,h)."""
+        count = self.pixels.map.shape[-1 - axis]
+        return (torch.arange(count, device=self.pixels.map.device) + 0.5) / self.pixels.extents[:, axis, None]
+
     def on_targets(self, points: Tensor, masks: Tensor) -> Tensor:
         """Points (...,2) of the map as points of target masks (...,H,W), whose pixels it may outreach a little."""
         height, width = masks.shape[-2:]
@@ -70,9 +75,12 @@ class MaskHead(Head):
         merging: rule by which overlapping masks become one map (panoptic segmentation).
         least: merging: least score of a mask.
         overlap: merging: least share of a mask that others must leave over.
+        box_prior: a mask also depends on where a place lies in the box that the query looked around. Objects of one class side
+            by side are then told apart from the first steps on; for architectures with boxes (cf. relative coordinates in
+            CondInst, arXiv 2003.05664).
 
     Raises:
-        ConfigError: a number is out of range.
+        ConfigError: a number is out of range, or a box prior is wanted where queries have no boxes.
     """
 
     name = "masks"
@@ -96,6 +104,7 @@ class MaskHead(Head):
         merging: Literal["mask2former", "detr"] = "mask2former",
         least: float = 0.8,
         overlap: float = 0.8,
+        box_prior: bool = False,
     ) -> None:
         super().__init__()
         check_range("heads.masks", 0, math.inf, entropy_cost=entropy_cost, dice_cost=dice_cost, entropy=entropy, dice=dice)
@@ -108,6 +117,9 @@ class MaskHead(Head):
         self.weights = {"entropy": entropy, "dice": dice}
         self.points, self.oversample, self.uncertain = points, oversample, uncertain
         self.merging, self.least, self.overlap = merging, least, overlap
+        if box_prior and (self.fit.anchors != 4 or self.fit.hides or self.fit.starts):
+            raise ConfigError("heads.masks.box_prior = true: only for architectures that refine boxes before masks")
+        self.prior = PerStage(lambda proposals: _prior(self.fit.width), stages) if box_prior else None
 
     def prepare(self, scene: Scene) -> Canvas:
         """The pixel map; where masks hide memory also its reduction to each level, once for all stages and queries."""
@@ -122,10 +134,18 @@ class MaskHead(Head):
         return Canvas(pixels, levels)
 
     def forward(self, view: View) -> Answer | None:
-        """{"embedding": (B,Q,E)}; None before the first layer, unless what follows depends on these masks."""
+        """{"embedding": (B,Q,E)}; None before the first layer, unless what follows depends on these masks.
+
+        With a box prior also "prior" (B,Q,2,3), what x and y in the box weigh (`axis_prior`), and that box, "around" (B,Q,4).
+        """
         if view.stage.kind != "layer" and not (self.fit.starts or self.fit.hides):
             return None
-        return {"embedding": self.mlp.at(view.stage)(view.state)}
+        answer = {"embedding": self.mlp.at(view.stage)(view.state)}
+        if self.prior is not None:
+            assert view.anchors is not None, "a box prior needs queries that look around boxes"
+            answer["prior"] = self.prior.at(view.stage)(view.state).unflatten(-1, (2, 3))
+            answer["around"] = view.anchors.detach()
+        return answer
 
     def feedback(self, answer: Answer, view: View) -> Feedback:
         """Hides memory where the mask is empty (masked attention); at proposals the first anchors are the masks' boxes."""
@@ -155,10 +175,15 @@ class MaskHead(Head):
             if not count:
                 continue
             seen = sample_maps(canvas.pixels.map[image, None].float(), points[image, None])[0]
+            places = points[image] * canvas.cells / canvas.pixels.extents[image]  # 0..1 of the image
             rows = torch.arange(count, device=masks.device)
             wanted = sample_bits(masks[image], rows, canvas.on_targets(points[image, None], masks))
             for stage in range(stages):  # all at once would not fit: stages x queries x points
-                logits = embedding[stage, image] @ seen
+                logits = embedding[stage, image].float() @ seen
+                if self.prior is not None:
+                    weights, around = (round.answers[self.name][field][stage, image] for field in ("prior", "around"))
+                    for axis in (0, 1):
+                        logits = logits + axis_prior(places[:, axis], weights, around, axis)
                 cost[stage, image, :, :count] = pairwise_mask_cost(logits, wanted, self.entropy_cost, self.dice_cost)
         return targets.only_known(cost, self.name)
 
@@ -208,30 +233,53 @@ class MaskHead(Head):
 
     def _logits(self, round: Round, pairs: Match) -> Tensor:
         """Masks of pairs that stand image by image, (n,h,w) float32; no other mask is built."""
-        pixels = self._canvas(round).pixels.map.float()
-        rows = torch.split(pairs.predicted(round.answers[self.name]["embedding"]), list(pairs.per_image))
-        masks = torch.cat([mine @ pixels[image].flatten(1) for image, mine in enumerate(rows)])
-        return masks.view(-1, *pixels.shape[-2:])
+        canvas, answer = self._canvas(round), round.answers[self.name]
+        pixels = canvas.pixels.map.float()
+        rows = torch.split(pairs.predicted(answer["embedding"]).float(), list(pairs.per_image))
+        masks = torch.cat([mine @ pixels[image].flatten(1) for image, mine in enumerate(rows)]).view(-1, *pixels.shape[-2:])
+        if self.prior is None:
+            return masks
+        weights, around = pairs.predicted(answer["prior"]), pairs.predicted(answer["around"])
+        across, down = (axis_prior(canvas.middles(axis)[pairs.image], weights, around, axis) for axis in (0, 1))
+        return masks + across[:, None] + down[:, :, None]
 
     def masks_of(self, round: Round, queries: Tensor, sizes: Tensor) -> list[Masks]:
         """Masks of chosen queries (B,k) of a final round, for each image; `sizes` (B,2) of the original images."""
         canvas = self._canvas(round)
-        embedding = round.answers[self.name]["embedding"][0]
-        rows = embedding.gather(1, queries[..., None].expand(-1, -1, embedding.shape[-1]))
+        rows, across, down = self._chosen(round, queries)
         extents = canvas.pixels.extents.flip(-1).tolist()
         return [
-            Masks(rows[i], canvas.pixels.map[i], (extents[i][0], extents[i][1]), (int(height), int(width)))
+            Masks(
+                rows[i],
+                canvas.pixels.map[i],
+                (extents[i][0], extents[i][1]),
+                (int(height), int(width)),
+                None if across is None else across[i],
+                None if down is None else down[i],
+            )
             for i, (height, width) in enumerate(sizes.tolist())
         ]
 
     def certainty(self, round: Round, queries: Tensor) -> Tensor:
         """Mean probability inside the masks of chosen queries (B,k), 0 for empty ones (mask2former:instance_inference)."""
-        canvas = self._canvas(round)
-        embedding = round.answers[self.name]["embedding"][0]
-        rows = embedding.gather(1, queries[..., None].expand(-1, -1, embedding.shape[-1])).float()
-        logits = torch.einsum("bke,behw->bkhw", rows, canvas.pixels.map.float()).flatten(2)
+        rows, across, down = self._chosen(round, queries)
+        logits = torch.einsum("bke,behw->bkhw", rows.float(), self._canvas(round).pixels.map.float())
+        if across is not None and down is not None:
+            logits = logits + across[:, :, None] + down[..., None]
         inside = logits > 0
-        return (logits.sigmoid() * inside).sum(-1) / (inside.sum(-1) + 1e-6)
+        return (logits.sigmoid() * inside).sum((-2, -1)) / (inside.sum((-2, -1)) + 1e-6)
+
+    def _chosen(self, round: Round, queries: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Embeddings (B,k,E) of queries (B,k) of a final round, and what their box adds to columns (B,k,w) and rows (B,k,h)."""
+        answer = round.answers[self.name]
+        image = torch.arange(len(queries), device=queries.device)[:, None]
+        embedding = answer["embedding"][0][image, queries]
+        if self.prior is None:
+            return embedding, None, None
+        weights, around = answer["prior"][0][image, queries], answer["around"][0][image, queries]
+        canvas = self._canvas(round)
+        across, down = (axis_prior(canvas.middles(axis)[:, None], weights, around, axis) for axis in (0, 1))
+        return embedding, across, down
 
     def decode(self, round: Round, picks: Picks, sizes: Tensor) -> Mapping[str, Tensor | Sequence[MaskSource]]:
         """{"masks": B x `Masks`}, and "boxes" (B,k,4) around them, to the cell, where no other head has any."""
@@ -242,6 +290,38 @@ class MaskHead(Head):
         corners = [mask_boxes(m.logits() > 0, extents[i]) for i, m in enumerate(masks)]
         scale = sizes.flip(-1).repeat(1, 2)[:, None].to(corners[0])
         return {"masks": masks, "boxes": torch.stack(corners) * scale}
+
+
+def axis_prior(places: Tensor, weights: Tensor, around: Tensor, axis: int) -> Tensor:
+    """What one coordinate of a place says about a mask, before the sigmoid.
+
+    Along each axis a place has a coordinate u in the box, -1 and 1 at its edges. The three weights belong to u and u^2 (as at
+    the nearest edge, where it is outside), and to minus the logarithm of |u| outside.
+
+    Args:
+        places: (...,n) x or y, 0..1 of the image.
+        weights: (...,2,3) for x and y.
+        around: (...,4) boxes.
+        axis: 0: x, 1: y.
+
+    Returns:
+        (...,n) float32.
+    """
+    around, weights = around.float(), weights[..., axis, :].float()
+    half = around[..., 2 + axis, None].clamp(min=1e-4) / 2
+    u = (places - around[..., axis, None]) / half
+    inside = u.clamp(-1, 1)
+    beyond = u.abs().clamp(min=1).log()
+    return weights[..., 0, None] * inside + weights[..., 1, None] * inside.square() - weights[..., 2, None] * beyond
+
+
+def _prior(width: int) -> nn.Linear:
+    """D -> 6, so that at first all queries' masks fade outside their box, and nothing is said about places inside."""
+    layer = nn.Linear(width, 6)
+    nn.init.zeros_(layer.weight)
+    with torch.no_grad():
+        layer.bias.copy_(torch.tensor([0.0, 0.0, 8.0] * 2))
+    return layer
 
 
 def _drawer(pairs: Match, like: Tensor, generators: Sequence[torch.Generator] | None) -> Callable[[int], Tensor]:

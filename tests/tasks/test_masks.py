@@ -12,8 +12,10 @@ from torch import Tensor
 from queryvision.criterion import Criterion
 from queryvision.errors import ConfigError
 from queryvision.head import Fit, Scene, Steering
+from queryvision.layers.deformable import DeformableAttention
 from queryvision.masks import Masks, SegmentMasks
 from queryvision.model import builders
+from queryvision.model.deformable_encoder import DeformableEncoderLayer
 from queryvision.model.query_model import QueryModel
 from queryvision.ops.boxes import mask_boxes
 from queryvision.ops.points import pairwise_mask_cost, sample_bits, sample_maps, uncertain_points
@@ -170,6 +172,66 @@ def test_no_pairs_keep_everything_in_the_graph() -> None:
     assert round.contexts["masks"].pixels.map.grad is not None
 
 
+def test_a_box_prior_is_the_same_in_loss_cost_and_result() -> None:
+    head = MaskHead(Fit(8, 2, anchors=4, pixels=8), points=40, uncertain=0.0, oversample=1.0, box_prior=True)
+    round, targets = scene(head)
+    draw = generator(9)
+    weights = torch.randn(2, 2, 5, 2, 3, generator=draw, requires_grad=True)
+    around = torch.rand(2, 2, 5, 4, generator=draw) * 0.5 + 0.2
+    round.answers["masks"] |= {"prior": weights, "around": around}
+
+    def plain(stage: int, image: int, query: int) -> Tensor:
+        extents = round.contexts["masks"].pixels.extents[image]
+        cx, cy, w, h = around[stage, image, query]
+        x, y = (torch.arange(14) + 0.5) / extents[0], (torch.arange(10) + 0.5) / extents[1]
+        total = torch.einsum(
+            "e,ehw->hw", round.answers["masks"]["embedding"][stage, image, query], round.contexts["masks"].pixels.map[image]
+        )
+        for u, k in (
+            ((x - cx) / w * 2, weights[stage, image, query, 0]),
+            ((y[:, None] - cy) / h * 2, weights[stage, image, query, 1]),
+        ):
+            outside = torch.where(u.abs() > 1, u.abs().log(), 0.0)
+            total = total + k[0] * u.clamp(-1, 1) + k[1] * u.clamp(-1, 1) ** 2 - k[2] * outside
+        return total
+
+    match = all_pairs(targets.counts)
+    logits = head._logits(round, match.by_image())
+    pairs = match.by_image()
+    for row, (s, b, q) in enumerate(zip(pairs.stage.tolist(), pairs.image.tolist(), pairs.query.tolist(), strict=True)):
+        torch.testing.assert_close(logits[row], plain(s, b, q), atol=1e-4, rtol=1e-4)
+
+    final = replace(round, answers={"masks": {name: value[-1:] for name, value in round.answers["masks"].items()}})
+    queries = torch.tensor([[4, 0], [1, 1]])
+    sources = head.masks_of(final, queries, targets.sizes)
+    torch.testing.assert_close(sources[0].logits()[0], plain(1, 0, 4), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sources[1][torch.tensor([1])].logits()[0], plain(1, 1, 1)[:8, :12], atol=1e-4, rtol=1e-4)
+    inside = plain(1, 0, 0) > 0
+    certain = (plain(1, 0, 0).sigmoid() * inside).sum() / inside.sum()
+    torch.testing.assert_close(head.certainty(final, queries)[0, 1], certain, atol=1e-4, rtol=1e-4)
+
+    generators = [generator(1), generator(2)]
+    cost = head.cost(round, targets, generators)
+    points = [torch.rand(40, 2, generator=generator(n)) for n in (1, 2)]
+    places = points[1] * round.contexts["masks"].shares[1]
+    found = sample_maps(plain(0, 1, 2)[None, None], places[None])[0]
+    wanted = sample_bits(
+        targets["masks"][1], torch.tensor([1]), round.contexts["masks"].on_targets(places[None], targets["masks"])
+    )
+    # between two cells the prior is not linear, so a cost on points differs a little from the map's
+    torch.testing.assert_close(cost[0, 1, 2, 1], pairwise_mask_cost(found, wanted, 5.0, 5.0)[0, 0], atol=0.3, rtol=0.05)
+
+    terms = head.loss(round, match, targets, Facts(1.0, torch.ones(10), torch.ones(10, dtype=torch.bool), None))
+    sum(term.sum() for term in terms.values()).backward()
+    assert weights.grad is not None and weights.grad[:, :, 3:].abs().amax(-1).min() > 0  # queries of pairs
+
+
+def test_a_box_prior_needs_boxes() -> None:
+    for fit in (Fit(8), Fit(8, anchors=4, hides=True), Fit(8, anchors=2)):
+        with pytest.raises(ConfigError, match="box_prior"):
+            MaskHead(fit, box_prior=True)
+
+
 def test_a_model_without_a_pixel_map_is_refused() -> None:
     memory = Memory(torch.zeros(1, 4, 8), torch.zeros(1, 4, 8), ((2, 2),), None, torch.ones(1, 1, 2))
     with pytest.raises(ConfigError, match="pixel map"):
@@ -270,6 +332,22 @@ def test_boxes_come_from_masks_where_no_head_has_any() -> None:
     ys, xs = built.nonzero().T
     box = values["boxes"][0, 0].tolist()
     assert box == pytest.approx([int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1], abs=9)
+
+
+def test_recomputing_changes_no_number() -> None:
+    found = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        attention = DeformableAttention(16, 2, 1, 2)
+        layer = DeformableEncoderLayer(attention, 16, 32, 0.1, recompute)
+        tokens = torch.randn(2, 12, 16, generator=generator(1), requires_grad=True)
+        memory = Memory(tokens, torch.zeros_like(tokens), ((3, 4),), None, torch.ones(2, 1, 2))
+        torch.manual_seed(1)
+        out = layer(tokens, memory, torch.full((2, 12, 1, 2), 0.5))
+        out.square().sum().backward()
+        found.append([out.detach(), tokens.grad, *(parameter.grad for parameter in layer.parameters())])
+    for plain, lean in zip(*found, strict=True):
+        assert torch.equal(plain, lean)
 
 
 def test_steering_names_only_heads_that_are_there() -> None:

@@ -54,6 +54,7 @@ def mask2former(
     ffn_width: int = 2048,
     encoder_ffn_width: int = 1024,
     dropout: float = 0.0,
+    recompute: bool = True,
 ) -> QueryModel:
     """Mask2Former: each layer looks at one level, and there only where the masks before it say that its object is.
 
@@ -75,6 +76,7 @@ def mask2former(
         ffn_width: channels inside the feed-forward parts.
         encoder_ffn_width: those of the deformable pixel decoder.
         dropout: in encoder and decoder.
+        recompute: the deformable pixel decoder keeps less for the backward pass and computes it once more.
 
     Raises:
         ConfigError: a number is out of range or does not fit the others, or nobody knows the backbone.
@@ -91,7 +93,9 @@ def mask2former(
     attention = partial(DeformableAttention, width, num_heads, levels, num_points)
     encoder: nn.Module = FeaturePyramid(width, levels)
     if pixel_decoder == "deformable":
-        layers = [DeformableEncoderLayer(attention(), width, encoder_ffn_width, dropout) for _ in range(encoder_layers)]
+        layers = [
+            DeformableEncoderLayer(attention(), width, encoder_ffn_width, dropout, recompute) for _ in range(encoder_layers)
+        ]
         encoder = DeformableEncoder(layers, Positions(width), width, levels)
 
     def layer(index: int) -> DecoderLayer:
