@@ -58,7 +58,7 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 def build_model(config: Config, task: Task, classes: ClassMap) -> QueryModel:
     """A model of a resolved configuration, with random weights."""
     keywords = {key: value for key, value in config.model.items() if key != "name" and value != "auto"}
-    return builder(config.model["name"])(task.make_heads(len(classes), config.heads), task.steering, **keywords)
+    return builder(config.model["name"])(task.make_heads(classes, config.heads), task.steering, **keywords)
 
 
 def header(config: Config, task: Task, classes: ClassMap) -> dict[str, Any]:

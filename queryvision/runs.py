@@ -16,6 +16,7 @@ from queryvision.config import Config, load_config
 from queryvision.criterion import Criterion
 from queryvision.data.loader import BatchPlan, train_loader
 from queryvision.data.phases import training_phases
+from queryvision.data.skeletons import shared_flip_pairs
 from queryvision.engine.processes import make_accelerator
 from queryvision.engine.run_log import summary
 from queryvision.engine.trainer import Trainer
@@ -200,6 +201,8 @@ class _Run:
         )
         if self.steps < FEW:
             self.say(f"warning: {self.steps} steps are few, most models need thousands; set --steps or train.min_steps")
+        if self.train_data.num_keypoints and shared_flip_pairs(self.classes.skeletons) is None:
+            self.say("warning: no image is mirrored, as keypoints that swap then are not known; give categories 'flip_pairs'")
         if self.train_data.max_objects > model.num_queries:
             self.say(
                 f"warning: an image has {self.train_data.max_objects} objects but the model only {model.num_queries} queries; "
@@ -209,7 +212,15 @@ class _Run:
     def _batches(self, start: int) -> Iterator[Batch]:
         data = self.config.data
         until = round(data.strong_until * self.steps) * self.config.train.accumulate
-        transform, first_part = training_phases(data.augmentation, data.side, until, data.mosaic, data.mixup, data.copy_blend)
+        transform, first_part = training_phases(
+            data.augmentation,
+            data.side,
+            until,
+            data.mosaic,
+            data.mixup,
+            data.copy_blend,
+            shared_flip_pairs(self.classes.skeletons),
+        )
         pin = self.accelerator.device.type == "cuda"
         loader = train_loader(
             self.train_data, transform, len(self.classes), self.task.needs, self.plan, start, data.workers, pin, first_part

@@ -31,7 +31,7 @@ class HeadSpec:
 
     Attributes:
         type: the class.
-        takes: what its constructor takes first, in order: `fit` (see `Fit`), `num_classes`.
+        takes: what its constructor takes first, in order: `fit` (see `Fit`), `num_classes`, `skeletons` (of each class).
         settings: the task's own choice of its keyword arguments; a configuration may change them.
         unless: fit -> whether this architecture does without it; None: it never does.
     """
@@ -90,11 +90,11 @@ class Task:
     source: Source = "instances"
     save: Callable[[Path, Mapping[str, Result], ClassMap], None] | None = None
 
-    def make_heads(self, num_classes: int, settings: Mapping[str, Mapping[str, Any]]) -> Callable[[Fit], list[Head]]:
+    def make_heads(self, classes: int | ClassMap, settings: Mapping[str, Mapping[str, Any]]) -> Callable[[Fit], list[Head]]:
         """What a builder calls to get the heads.
 
         Args:
-            num_classes: C.
+            classes: of the model; their number C is enough where no head needs to know more.
             settings: {head: keyword arguments}, over the task's own.
 
         Raises:
@@ -110,7 +110,9 @@ class Task:
         }
 
         def make(fit: Fit) -> list[Head]:
-            given = {"fit": fit, "num_classes": num_classes}
+            count = classes if isinstance(classes, int) else len(classes)
+            skeletons = (None,) * count if isinstance(classes, int) else classes.skeletons
+            given = {"fit": fit, "num_classes": count, "skeletons": skeletons}
             return [
                 spec.type(*(given[key] for key in spec.takes), **chosen[name])
                 for name, spec in self.heads.items()

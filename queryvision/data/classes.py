@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from queryvision.data.skeletons import Skeleton
 from queryvision.errors import ConfigError, DataError
 
 
@@ -18,14 +19,18 @@ class ClassMap:
         ids: dataset (category) id of each class, ascending.
         names: name of each class.
         things: True for countable things, False for stuff.
+        skeletons: keypoints of each class, None for a class without; left out: no class has any.
     """
 
     ids: tuple[int, ...]
     names: tuple[str, ...]
     things: tuple[bool, ...]
+    skeletons: tuple[Skeleton | None, ...] = ()
 
     def __post_init__(self) -> None:
-        if not len(self.ids) == len(self.names) == len(self.things):
+        if not self.skeletons:
+            object.__setattr__(self, "skeletons", (None,) * len(self.ids))
+        if not len(self.ids) == len(self.names) == len(self.things) == len(self.skeletons):
             raise ValueError(f"{len(self.ids)} ids, {len(self.names)} names, {len(self.things)} things")
         for kind, values in (("id", self.ids), ("name", self.names)):
             twice = {str(v) for v in values if list(values).count(v) > 1}
@@ -43,12 +48,12 @@ class ClassMap:
         for row in categories:
             if not isinstance(row, Mapping) or not isinstance(row.get("id"), int) or not isinstance(row.get("name"), str):
                 raise DataError(f"{where}: category {row!r} needs an integer 'id' and a 'name'")
-            rows.append((row["id"], row["name"], bool(row.get("isthing", 1))))
-        rows.sort()
+            rows.append((row["id"], row["name"], bool(row.get("isthing", 1)), Skeleton.from_category(row)))
+        rows.sort(key=lambda row: row[:2])
         if not rows:
             raise DataError(f"{where}: there is no category; a COCO file lists its classes under 'categories'")
-        ids, names, things = zip(*rows, strict=True)
-        return cls(ids, names, things)
+        ids, names, things, skeletons = zip(*rows, strict=True)
+        return cls(ids, names, things, skeletons)
 
     def __len__(self) -> int:
         """Number of classes."""
@@ -66,21 +71,26 @@ class ClassMap:
 
     def to_dict(self) -> dict[str, list[Any]]:
         """Plain lists, for checkpoints and JSON."""
-        return {"ids": list(self.ids), "names": list(self.names), "things": list(self.things)}
+        skeletons = [None if skeleton is None else skeleton.to_dict() for skeleton in self.skeletons]
+        found: dict[str, list[Any]] = {"ids": list(self.ids), "names": list(self.names), "things": list(self.things)}
+        if any(skeletons):
+            found["skeletons"] = skeletons
+        return found
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> ClassMap:
         """Inverse of `to_dict`."""
-        return cls(tuple(value["ids"]), tuple(value["names"]), tuple(value["things"]))
+        skeletons = tuple(None if row is None else Skeleton.from_dict(row) for row in value.get("skeletons", ()))
+        return cls(tuple(value["ids"]), tuple(value["names"]), tuple(value["things"]), skeletons)
 
     def union(self, other: ClassMap) -> ClassMap:
         """All classes of both, this map's first.
 
         Raises:
-            ConfigError: a name stands for different ids, or for a thing here and stuff there.
+            ConfigError: a name stands for different ids, for a thing here and stuff there, or for different keypoints.
         """
-        ids, names, things = list(self.ids), list(self.names), list(self.things)
-        for id_, name, thing in zip(other.ids, other.names, other.things, strict=True):
+        ids, names, things, skeletons = list(self.ids), list(self.names), list(self.things), list(self.skeletons)
+        for id_, name, thing, skeleton in zip(other.ids, other.names, other.things, other.skeletons, strict=True):
             known = self.index_of_name.get(name)
             if known is None:
                 if id_ in self.index_of_id:
@@ -89,6 +99,11 @@ class ClassMap:
                 ids.append(id_)
                 names.append(name)
                 things.append(thing)
+                skeletons.append(skeleton)
+            elif None not in (skeleton, skeletons[known]) and skeleton != skeletons[known]:
+                raise ConfigError(f"class '{name}' has other keypoints in one data set than in the other")
             elif (self.ids[known], self.things[known]) != (id_, thing):
                 raise ConfigError(f"class '{name}' is defined differently (id {self.ids[known]} and {id_}, or thing and stuff)")
-        return ClassMap(tuple(ids), tuple(names), tuple(things))
+            else:
+                skeletons[known] = skeletons[known] or skeleton
+        return ClassMap(tuple(ids), tuple(names), tuple(things), tuple(skeletons))

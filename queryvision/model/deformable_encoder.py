@@ -46,7 +46,7 @@ class DeformableEncoderLayer(nn.Module):
         found = self.self_attn(tokens + memory.positions, reference, tokens, memory.shapes, memory.padding)
         tokens = self.norm1(tokens + dropout(found, self.dropout, self.training))
         if self.recompute and self.training and torch.is_grad_enabled():
-            return checkpoint(self._feed, tokens, use_reentrant=False)  # type: ignore[no-any-return]
+            return checkpoint(self._feed, tokens, use_reentrant=False)
         return self._feed(tokens)
 
     def _feed(self, tokens: Tensor) -> Tensor:

@@ -1,0 +1,138 @@
+"""The keypoints task: labels, boxes and keypoints; COCO AP by object keypoint similarity, and of boxes beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from PIL import Image
+
+from queryvision.data.classes import ClassMap
+from queryvision.data.skeletons import Skeleton
+from queryvision.errors import DataError
+from queryvision.evaluation.coco import CocoEvaluator, coco_records
+from queryvision.head import Head, Steering
+from queryvision.inference.drawing import color_of, draw_boxes, draw_keypoints
+from queryvision.results import Result
+from queryvision.structures import Picks, Round
+from queryvision.task import Evaluator, HeadSpec, Task
+from queryvision.tasks.detection.boxes import BoxHead
+from queryvision.tasks.detection.labels import LabelHead
+from queryvision.tasks.keypoints.keypoints import KeypointHead
+
+
+def _pick(heads: Mapping[str, Head], round: Round, limit: int) -> Picks:
+    return cast(LabelHead, heads["labels"]).pick(round, limit)
+
+
+class KeypointEvaluator:
+    """COCO keypoint AP under its usual names, of boxes as `box_AP` ...; classes of different skeletons are averaged by class.
+
+    Args:
+        ground_truth: a COCO dictionary; its categories' skeletons and sigmas count.
+        classes: of the model.
+        backend: see `CocoEvaluator`.
+
+    Raises:
+        DataError: no category has keypoints.
+    """
+
+    def __init__(self, ground_truth: dict[str, Any], classes: ClassMap, backend: Any) -> None:
+        self.classes = classes
+        self.boxes = CocoEvaluator(ground_truth, classes, "bbox", backend=backend)
+        groups: dict[Skeleton, list[int]] = {}
+        for category in ground_truth["categories"]:
+            skeleton = Skeleton.from_category(category)
+            if skeleton is not None:
+                groups.setdefault(skeleton, []).append(category["id"])
+        if not groups:
+            raise DataError("ground truth: no category has keypoints; name them under 'keypoints' in 'categories'")
+        self.parts = {
+            skeleton: CocoEvaluator(_only(ground_truth, ids), classes, "keypoints", backend=backend, sigmas=skeleton.sigmas)
+            for skeleton, ids in groups.items()
+        }
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """Rows of a COCO results file, with keypoints."""
+        return [row for part in self.parts.values() for row in part.records]
+
+    def add(self, image_id: int, result: Result) -> None:
+        """Takes the whole result of one image, without a threshold."""
+        self.boxes.add(image_id, result)
+        for skeleton, part in self.parts.items():
+            part.add(image_id, _of_kind(result, skeleton))
+
+    def compute(self) -> dict[str, float]:
+        """{name: value}."""
+        found = {skeleton: part.compute() for skeleton, part in self.parts.items()}
+        names = dict.fromkeys(name for metrics in found.values() for name in metrics)
+        weights = {skeleton: len(part.ground_truth["categories"]) for skeleton, part in self.parts.items()}
+        whole = {name: _mean([(m.get(name, math.nan), weights[s]) for s, m in found.items()]) for name in names}
+        boxes = {f"box_{name}": value for name, value in self.boxes.compute().items() if "/" not in name}
+        return {**{n: v for n, v in whole.items() if "/" not in n}, **boxes, **whole}
+
+
+def _mean(values: list[tuple[float, int]]) -> float:
+    """Weighted; what is not known (NaN, or -1 as COCO has it) does not count."""
+    known = [(value, weight) for value, weight in values if value >= 0]
+    return sum(v * w for v, w in known) / sum(w for _, w in known) if known else values[0][0]
+
+
+def _only(ground_truth: Mapping[str, Any], ids: list[int]) -> dict[str, Any]:
+    rows = {
+        key: [r for r in ground_truth[key] if r[name] in ids]
+        for key, name in (("categories", "id"), ("annotations", "category_id"))
+    }
+    return {**ground_truth, **rows}
+
+
+def _of_kind(result: Result, skeleton: Skeleton) -> Result:
+    """The objects whose class has as many keypoints under the same names, without padding."""
+    own = [s is not None and s.names == skeleton.names for s in result.classes.skeletons]
+    keep = torch.tensor([own[label] for label in result.labels.tolist()], dtype=torch.bool)
+    kept = {"keypoints": result.keypoints[keep][:, : len(skeleton)]}
+    return replace(result, scores=result.scores[keep], labels=result.labels[keep], values=kept)
+
+
+def _evaluator(ground_truth: dict[str, Any], classes: ClassMap, backend: str) -> Evaluator:
+    return KeypointEvaluator(ground_truth, classes, backend)
+
+
+def _draw(picture: Image.Image, result: Result) -> Image.Image:
+    """Boxes, and keypoints that are more likely in the picture than not, with their limbs."""
+    colors = [color_of(index) for index in range(len(result))]
+    texts = [f"{name} {score:.2f}" for name, score in zip(result.names, result.scores.tolist(), strict=True)]
+    picture = draw_boxes(picture, result.boxes.numpy(), texts, colors)
+    for label, points, color in zip(result.labels.tolist(), result.keypoints, colors, strict=True):
+        skeleton = result.classes.skeletons[label]
+        if skeleton is not None:
+            told = torch.cat((points[:, :2], 2.0 * (points[:, 2:] >= 0.5)), 1)[: len(skeleton)]
+            picture = draw_keypoints(picture, told[None].numpy(), skeleton.limbs, [color])
+    return picture
+
+
+def _records(result: Result, image_id: int) -> list[dict[str, Any]]:
+    ids = dict(enumerate(result.classes.ids))
+    kinds = dict.fromkeys(s for s in result.classes.skeletons if s is not None)
+    return [row for kind in kinds for row in coco_records(_of_kind(result, kind), image_id, "keypoints", ids)]
+
+
+TASK = Task(
+    name="keypoints",
+    summary="keypoints and boxes of objects (COCO AP by keypoint similarity)",
+    needs=("labels", "boxes", "keypoints"),
+    heads={
+        "labels": HeadSpec(LabelHead, ("fit", "num_classes")),
+        "boxes": HeadSpec(BoxHead),
+        "keypoints": HeadSpec(KeypointHead, ("fit", "skeletons")),
+    },
+    steering=Steering(rank="labels", first="boxes", later="boxes", quality=("keypoints", "boxes")),
+    pick=_pick,
+    evaluator=_evaluator,
+    draw=_draw,
+    records=_records,
+)

@@ -1,0 +1,71 @@
+"""Skeletons: read from categories, kept by checkpoints, and what they say about mirroring."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from queryvision.data.classes import ClassMap
+from queryvision.data.scenes import CATEGORIES
+from queryvision.data.skeletons import Skeleton, by_name, shared_flip_pairs
+from queryvision.errors import ConfigError
+
+FACE = {"id": 1, "name": "face", "keypoints": ["left_eye", "right_eye", "mouth"], "skeleton": [[1, 3], [2, 3], [1, 9]]}
+
+
+def test_what_a_category_leaves_out_is_told_by_names() -> None:
+    face = Skeleton.from_category(FACE)
+    assert face == Skeleton(("left_eye", "right_eye", "mouth"), ((0, 2), (1, 2)), ((0, 1),), (0.025, 0.025, 0.07))
+    given = Skeleton.from_category({**FACE, "flip_pairs": [[0, 1], [2, 8]], "sigmas": [0.1, 0.1, 0.2]})
+    assert given is not None and given.flip_pairs == ((0, 1),) and given.sigmas == (0.1, 0.1, 0.2)
+    assert Skeleton.from_category({**FACE, "sigmas": [0.1, -1, 0.2]}) == face
+    assert Skeleton.from_category({"id": 2, "name": "car"}) is None
+
+
+@pytest.mark.parametrize(
+    ("names", "pairs"),
+    [
+        (["nose", "left_eye", "right_eye"], ((1, 2),)),
+        (["Left Wing", "tail", "Right Wing"], ((0, 2),)),
+        (["a", "b"], None),  # nothing says a side
+        (["left_eye", "nose"], None),  # no right one
+        (["right_eye", "nose"], None),
+    ],
+)
+def test_flip_pairs_by_name(names: list[str], pairs: object) -> None:
+    assert by_name(names) == pairs
+
+
+def test_cocos_person_has_cocos_sigmas(real_data: Callable[[str], Path]) -> None:
+    from pycocotools.cocoeval import Params
+
+    raw = json.loads((real_data("coco") / "annotations" / "person_keypoints_val.json").read_text())
+    person = Skeleton.from_category(raw["categories"][0])
+    assert person is not None
+    assert person.sigmas == pytest.approx(Params("keypoints").kpt_oks_sigmas.tolist())
+    assert person.flip_pairs == tuple((i, i + 1) for i in range(1, 17, 2)) and len(person.limbs) == 19
+
+
+def test_class_maps_carry_skeletons_through_json() -> None:
+    classes = ClassMap.from_categories(CATEGORIES)
+    assert [skeleton is not None for skeleton in classes.skeletons] == [True] + [False] * (len(CATEGORIES) - 1)
+    assert ClassMap.from_dict(json.loads(json.dumps(classes.to_dict()))) == classes
+    plain = ClassMap((1, 2), ("a", "b"), (True, True))
+    assert plain.skeletons == (None, None) and "skeletons" not in plain.to_dict()
+
+
+def test_union_takes_the_skeleton_that_one_side_knows_and_refuses_two() -> None:
+    face, bare = ClassMap.from_categories([FACE]), ClassMap((1,), ("face",), (True,))
+    assert bare.union(face) == face == face.union(bare)
+    other = ClassMap.from_categories([{**FACE, "keypoints": ["nose"]}])
+    with pytest.raises(ConfigError, match="face"):
+        face.union(other)
+
+
+def test_classes_that_swap_differently_are_not_mirrored() -> None:
+    face, hand = Skeleton.from_category(FACE), Skeleton.from_category({"keypoints": ["thumb"], "flip_pairs": []})
+    assert shared_flip_pairs([face, None]) == ((0, 1),)
+    assert shared_flip_pairs([face, hand]) is None and shared_flip_pairs([None]) is None

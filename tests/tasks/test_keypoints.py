@@ -1,0 +1,264 @@
+"""The keypoint head against plain computations and pycocotools' similarity, and its task."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from samples import targets_of
+from torch import Tensor
+
+from queryvision.criterion import Criterion
+from queryvision.data.classes import ClassMap
+from queryvision.data.skeletons import Skeleton
+from queryvision.errors import ConfigError, DataError
+from queryvision.head import DenoisingPlan, Fit, View
+from queryvision.model import builders
+from queryvision.ops.oks import keypoint_similarity
+from queryvision.results import Result
+from queryvision.structures import VOID, Facts, ImageBatch, Match, Picks, Round, Stage, Targets
+from queryvision.tasks.keypoints import TASK, KeypointHead
+from queryvision.tasks.keypoints.task import KeypointEvaluator
+
+FACE = Skeleton(("left_eye", "right_eye", "mouth"), ((0, 2), (1, 2)), ((0, 1),), (0.025, 0.03, 0.07))
+HAND = Skeleton(("wrist", "thumb"), ((0, 1),), (), (0.06, 0.05))
+SKELETONS = (FACE, None, HAND)
+OVERFIT_STEPS = 120
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def targets() -> Targets:
+    """Two images of 80 x 120; a face with a hidden mouth, a thing without keypoints, a hand; a face with nothing labelled."""
+    found = targets_of([[0, 1, 2], [0]], num_classes=3)
+    points = torch.rand(2, 3, 3, 3, generator=generator(1))
+    seen = torch.zeros(2, 3, 3, dtype=torch.bool)
+    seen[0, 0] = torch.tensor([True, True, False])
+    seen[0, 2] = torch.tensor([True, True, False])
+    points[..., 2] = 2.0 * seen
+    found.values |= {"keypoints": points * seen[..., None], "areas": torch.full((2, 3), 400.0)}
+    found.has["keypoints"] = seen
+    found.num_with["keypoints"] = (2, 0)
+    return replace(found, sizes=torch.tensor([[80, 120], [80, 120]]))
+
+
+def rounds(head: KeypointHead) -> Round:
+    points = torch.rand(2, 2, 4, head.num_points, 2, generator=generator(2), requires_grad=True)
+    findable = torch.randn(2, 2, 4, head.num_points, generator=generator(3), requires_grad=True)
+    stages = (Stage("layer", 0), Stage("layer", 1, last=True))
+    return Round("main", stages, {"keypoints": {"points": points, "findable": findable}}, {}, {})
+
+
+def test_similarity_is_that_of_pycocotools() -> None:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    draw = np.random.default_rng(0)
+    truth = np.concatenate([draw.uniform(0, 100, (3, 2)), [[2], [0], [1]]], 1)
+    found = draw.uniform(-8, 8, (3, 2)) + truth[:, :2]
+    gt = COCO()
+    row = {"id": 1, "image_id": 1, "category_id": 1, "iscrowd": 0, "area": 900.0, "bbox": [0, 0, 50, 50], "num_keypoints": 2}
+    gt.dataset = {
+        "images": [{"id": 1}],
+        "categories": [{"id": 1, "name": "face"}],
+        "annotations": [{**row, "keypoints": truth.ravel().tolist()}],
+    }
+    gt.createIndex()
+    points = np.concatenate([found, np.ones((3, 1))], 1).ravel().tolist()
+    scoring = COCOeval(gt, gt.loadRes([{"image_id": 1, "category_id": 1, "keypoints": points, "score": 1.0}]), "keypoints")
+    scoring.params.kpt_oks_sigmas = np.array(FACE.sigmas)
+    scoring._prepare()
+    wanted = scoring.computeOks(1, 1)[0, 0]
+    ours = keypoint_similarity(
+        torch.tensor(found), torch.tensor(truth[:, :2]), torch.tensor(truth[:, 2] > 0), torch.tensor(FACE.sigmas).double(),
+        torch.tensor(900.0).double(),
+    )  # fmt: skip
+    assert ours.item() == pytest.approx(wanted, abs=1e-6)
+
+
+def plain(head: KeypointHead, round: Round, found: Targets, s: int, b: int, q: int, t: int) -> tuple[float, float]:
+    """L1 sum and OKS of a pair, keypoint by keypoint in pixels."""
+    label = int(found["labels"][b, t])
+    first = 0 if label == 0 else 3
+    skeleton = SKELETONS[label]
+    assert skeleton is not None
+    distance, likes = 0.0, []
+    for k, sigma in enumerate(skeleton.sigmas):
+        if found.has["keypoints"][b, t, k]:
+            x, y = round.answers["keypoints"]["points"][s, b, q, first + k].tolist()
+            u, v = found["keypoints"][b, t, k, :2].tolist()
+            distance += abs(x - u) + abs(y - v)
+            d2 = ((x - u) * 120) ** 2 + ((y - v) * 80) ** 2
+            likes.append(np.exp(-d2 / (2 * 400.0 * (2 * sigma) ** 2)))
+    return distance, float(np.mean(likes))
+
+
+def test_cost_and_loss_are_those_of_every_pair() -> None:
+    head, found = KeypointHead(8, SKELETONS, l1_cost=3.0, oks_cost=2.0), targets()
+    round = rounds(head)
+    cost = head.cost(round, found, None)
+    for s, q, t in ((0, 1, 0), (1, 3, 2), (1, 0, 0)):
+        distance, oks = plain(head, round, found, s, 0, q, t)
+        assert cost[s, 0, q, t].item() == pytest.approx(3 * distance + 2 * (1 - oks), abs=1e-5)
+    assert not cost[:, 0, :, 1].any() and not cost[:, 1].any()  # nothing labelled: no opinion
+    index = torch.tensor
+    match = Match(index([0, 1, 1, 1]), index([0, 0, 0, 1]), index([1, 3, 2, 0]), index([0, 2, 1, 0]), 2, (3, 1))
+    terms = head.loss(round, match, found, Facts(2.0, torch.ones(4), torch.ones(4, dtype=torch.bool), None))
+    for s, q, t in ((0, 1, 0), (1, 3, 2)):
+        distance, oks = plain(head, round, found, s, 0, q, t)
+        assert terms["l1"][s].item() == pytest.approx(distance / 2, abs=1e-5)
+        assert terms["oks"][s].item() == pytest.approx((1 - oks) / 2, abs=1e-5)
+    quality, known = head.quality(round, match, found)
+    assert known.tolist() == [True, True, False, False]
+    assert quality[0].item() == pytest.approx(plain(head, round, found, 0, 0, 1, 0)[1], abs=1e-5)
+    sum(term.sum() for term in terms.values()).backward()
+    moved = round.answers["keypoints"]["points"].grad
+    assert moved is not None
+    touched = {tuple(row) for row in moved.abs().sum(-1).nonzero().tolist()}
+    assert touched <= {(0, 0, 1, 0), (0, 0, 1, 1), (1, 0, 3, 3), (1, 0, 3, 4)}  # unlabelled points move nothing
+    assert {(0, 0, 1, 0), (1, 0, 3, 4)} <= touched
+
+
+def test_points_start_in_the_middle_of_the_box() -> None:
+    head = KeypointHead(Fit(8, 2, anchors=4), SKELETONS)
+    anchors = torch.tensor([[[0.3, 0.4, 0.2, 0.1]]])
+    answer = head(View(torch.randn(1, 1, 8), anchors=anchors))
+    assert answer is not None
+    assert torch.allclose(answer["points"], torch.tensor([0.3, 0.4]).expand(1, 1, 5, 2))
+    assert head(View(torch.randn(1, 1, 8), anchors=anchors, stage=Stage("proposal"))) is None
+
+
+def test_results_have_the_keypoints_of_their_class() -> None:
+    head = KeypointHead(8, SKELETONS)
+    final = rounds(head)
+    final.answers["keypoints"] = {name: value[-1:] for name, value in final.answers["keypoints"].items()}
+    picks = Picks(torch.tensor([[2, 1], [0, 3]]), torch.tensor([[0, 2], [1, 0]]), torch.ones(2, 2))
+    got = head.decode(final, picks, torch.tensor([[50, 100], [60, 60]]))["keypoints"]
+    points = final.answers["keypoints"]["points"][0]
+    assert torch.allclose(got[0, 0, :, :2], points[0, 2, :3] * torch.tensor([100.0, 50.0]))
+    assert torch.allclose(got[0, 1, :2, :2], points[0, 1, 3:] * torch.tensor([100.0, 50.0]))
+    assert not got[0, 1, 2].any() and not got[1, 0].any()
+
+
+def test_a_head_needs_a_skeleton() -> None:
+    with pytest.raises(ConfigError, match="no class has keypoints"):
+        TASK.make_heads(3, {})(Fit(8))
+
+
+def result_of(classes: ClassMap, rows: list[tuple[int, Tensor]], size: tuple[int, int]) -> Result:
+    keypoints = torch.zeros(len(rows), 3, 3)
+    for index, (_, points) in enumerate(rows):
+        keypoints[index, : len(points)] = points
+    labels = torch.tensor([label for label, _ in rows], dtype=torch.long)
+    boxes = torch.tensor([[0.0, 0.0, 50.0, 50.0]]).expand(len(rows), 4)
+    return Result(torch.ones(len(rows)), labels, classes, size, {"boxes": boxes, "keypoints": keypoints})
+
+
+def test_evaluator_scores_each_skeleton_with_its_own_sigmas() -> None:
+    categories: list[dict[str, Any]] = [
+        {"id": 1, "name": "face", "keypoints": list(FACE.names), "flip_pairs": [[0, 1]], "sigmas": list(FACE.sigmas)},
+        {"id": 2, "name": "car"},
+        {"id": 3, "name": "hand", "keypoints": list(HAND.names), "sigmas": list(HAND.sigmas)},
+    ]
+    face, hand = torch.tensor([[10.0, 10, 2], [30, 10, 2], [20, 30, 1]]), torch.tensor([[5.0, 5, 2], [25, 25, 2]])
+    row = {"image_id": 7, "bbox": [0, 0, 50, 50], "area": 2500, "iscrowd": 0}
+    truth = {
+        "images": [{"id": 7, "height": 60, "width": 60}],
+        "categories": categories,
+        "annotations": [
+            {**row, "id": 1, "category_id": 1, "keypoints": face.flatten().tolist(), "num_keypoints": 3},
+            {**row, "id": 2, "category_id": 3, "keypoints": hand.flatten().tolist(), "num_keypoints": 2},
+            {**row, "id": 3, "category_id": 2},
+        ],
+    }
+    classes = ClassMap.from_categories(categories)
+    evaluator = KeypointEvaluator(truth, classes, "auto")
+    evaluator.add(7, result_of(classes, [(0, face), (2, hand + torch.tensor([30.0, 0, 0]))], (60, 60)))
+    metrics = evaluator.compute()
+    assert metrics["AP"] == pytest.approx(0.5) and metrics["AP/face"] == pytest.approx(1.0)
+    assert metrics["AP/hand"] == pytest.approx(0.0) and "box_AP" in metrics
+    assert {len(row["keypoints"]) for row in evaluator.records} == {9, 6}
+    with pytest.raises(DataError, match="no category has keypoints"):
+        KeypointEvaluator({**truth, "categories": categories[1:2]}, classes, "auto")
+
+
+def test_grouped_points_are_refined_around_their_own() -> None:
+    head = KeypointHead(Fit(8, 2, per_layer=True, anchors=4, proposals="all"), SKELETONS, grouped=True)
+    assert head.slots == 5
+    anchors, slots = torch.tensor([[[0.3, 0.4, 0.2, 0.1]]]), torch.randn(1, 1, 5, 8)
+    first = head(View(torch.randn(1, 1, 8), anchors=anchors, stage=Stage("proposal")))
+    assert first is not None and torch.allclose(first["points"], torch.tensor([0.3, 0.4]).expand(1, 1, 5, 2))
+    points = torch.rand(1, 1, 5, 2, generator=generator()) * 0.8 + 0.1
+    answer = head(View(torch.randn(1, 1, 8), slots=slots, anchors=anchors, points=points))
+    assert answer is not None and torch.allclose(answer["points"], points, atol=1e-5)
+    torch.nn.init.normal_(head.mlp.layers[0].last.weight)
+    moved = head(View(torch.randn(1, 1, 8), slots=slots, anchors=anchors, points=points))
+    assert moved is not None and (moved["points"] - points).abs().amin() > 0
+
+
+def test_denoised_points_are_as_similar_as_drawn() -> None:
+    head, found = KeypointHead(Fit(8, anchors=4), SKELETONS, grouped=True), targets()
+    found.values["keypoints"][..., :2] = found["keypoints"][..., :2].clamp(0.4, 0.6)  # so that nothing leaves the image
+    plan = DenoisingPlan(
+        torch.tensor([[0, 1, 2] * 2, [0, VOID, VOID] * 2]), torch.tensor([[True] * 3 + [False] * 3] * 2),
+        torch.zeros(6).long(), 1,
+    )  # fmt: skip
+    noise = head.noise(found, plan, [generator(1), generator(2)])
+    assert noise is not None and noise.points is not None and noise.points.shape == (2, 6, 5, 2)
+    for query, (low, high) in ((0, (0.5, 1.0)), (3, (0.1, 0.5))):
+        for k, sigma in enumerate(FACE.sigmas[:2]):
+            d = (noise.points[0, query, k] - found["keypoints"][0, 0, k, :2]) * torch.tensor([120.0, 80.0])
+            alike = float((-d.square().sum() / (2 * 400.0 * (2 * sigma) ** 2)).exp())
+            assert low - 1e-4 <= alike <= high + 1e-4
+    middle = found["boxes"][:, :, :2]
+    assert torch.allclose(noise.points[0, 0, 2:], middle[0, 0].expand(3, 2))  # hidden, or of the other skeleton
+    assert torch.allclose(noise.points[0, 1], middle[0, 1].expand(5, 2)) and torch.allclose(
+        noise.points[1, 0], middle[1, 0].expand(5, 2)
+    )
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_eight_figures_are_learned_by_heart(grouped: bool) -> None:
+    torch.manual_seed(0)
+    make = TASK.make_heads(
+        ClassMap((1,), ("face",), (True,), (replace(FACE, sigmas=(0.08,) * 3),)), {"keypoints": {"grouped": grouped}}
+    )
+    model = builders.builder("dfine_small")(
+        make, TASK.steering, backbone="resnet18", frozen_norm=False, width=32, num_queries=8, denoising=8, ffn_width=32,
+        decoder_layers=2,
+    )  # fmt: skip
+    draw = generator(4)
+    found = targets_of([[0]] * 8, num_classes=1)
+    middle, size = found["boxes"][:, :, None, :2], found["boxes"][:, :, None, 2:]
+    points = middle + size * torch.tensor([[-0.4, -0.3], [0.4, -0.3], [0.0, 0.45]])
+    found.values |= {"keypoints": torch.cat((points, torch.full((8, 1, 3, 1), 2.0)), -1)}
+    found.values["areas"] = (found["boxes"][..., 2] * found["boxes"][..., 3]) * 64 * 64
+    found.has["keypoints"], found.num_with["keypoints"] = torch.ones(8, 1, 3, dtype=torch.bool), found.counts
+    found = replace(found, sizes=torch.full((8, 2), 64))
+    pixels = torch.zeros(8, 3, 64, 64)
+    for image in range(8):
+        for color, (x, y) in enumerate((points[image, 0] * 64).clamp(2, 61).long().tolist()):
+            pixels[image, color, y - 2 : y + 3, x - 2 : x + 3] = 3.0
+    pixels += 0.1 * torch.randn(pixels.shape, generator=draw)
+    images = ImageBatch(pixels, torch.zeros(8, 64, 64, dtype=torch.bool), False, found.sizes)
+    criterion = Criterion(model.heads.heads(), model.steering)
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0)
+    model.train()
+    for step in range(OVERFIT_STEPS):
+        if step == OVERFIT_STEPS * 2 // 3:
+            optimizer.param_groups[0]["lr"] /= 8
+        optimizer.zero_grad()
+        criterion(model(images, found), found).total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    final = model(images, found).final()
+    head = model.heads.heads()["keypoints"]
+    best = final.answers["labels"]["logits"][0, :, :, 0].argmax(1)
+    match = Match(torch.zeros(8).long(), torch.arange(8), best, torch.zeros(8).long(), 1, (1,) * 8)
+    quality = head.quality(final, match, found)
+    assert quality is not None and quality[0].mean() > 0.9, quality
