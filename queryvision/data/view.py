@@ -70,15 +70,10 @@ def draw_sample(sample: Sample, dataset: CocoDataset) -> Image.Image:
     names = [dataset.classes.names[int(label)] for label in annotations.labels]
     image = drawing.draw_boxes(image, annotations.boxes * scale, names, colors)
     if annotations.keypoints is not None:
-        points = annotations.keypoints * (scale, scale, 1)
-        image = drawing.draw_keypoints(image, points, _skeleton(dataset, annotations.keypoints.shape[1]))
+        for index, (label, points) in enumerate(
+            zip(annotations.labels, annotations.keypoints * (scale, scale, 1), strict=True)
+        ):
+            skeleton = dataset.classes.skeletons[int(label)]
+            limbs = () if skeleton is None else skeleton.limbs
+            image = drawing.draw_keypoints(image, points[None], limbs, [drawing.color_of(index)])
     return image
-
-
-def _skeleton(dataset: CocoDataset, num_keypoints: int) -> list[tuple[int, int]]:
-    """Limbs of the first category that has them; COCO counts keypoints from 1."""
-    for category in dataset.categories:
-        limbs = category.get("skeleton")
-        if limbs:
-            return [(a - 1, b - 1) for a, b in limbs if 0 < a <= num_keypoints and 0 < b <= num_keypoints]
-    return []

@@ -13,7 +13,7 @@ from PIL import Image
 from queryvision.data.classes import ClassMap
 from queryvision.data.skeletons import Skeleton
 from queryvision.errors import DataError
-from queryvision.evaluation.coco import CocoEvaluator, coco_records
+from queryvision.evaluation.coco import CocoEvaluator
 from queryvision.head import Head, Steering
 from queryvision.inference.drawing import color_of, draw_boxes, draw_keypoints
 from queryvision.results import Result
@@ -116,9 +116,14 @@ def _draw(picture: Image.Image, result: Result) -> Image.Image:
 
 
 def _records(result: Result, image_id: int) -> list[dict[str, Any]]:
-    ids = dict(enumerate(result.classes.ids))
-    kinds = dict.fromkeys(s for s in result.classes.skeletons if s is not None)
-    return [row for kind in kinds for row in coco_records(_of_kind(result, kind), image_id, "keypoints", ids)]
+    """One row for each object, in order; without keypoints where its class has none."""
+    rows = []
+    for label, score, points in zip(result.labels.tolist(), result.scores.tolist(), result.keypoints.tolist(), strict=True):
+        row = {"image_id": image_id, "category_id": result.classes.ids[label], "score": score}
+        skeleton = result.classes.skeletons[label]
+        told = {} if skeleton is None else {"keypoints": [value for point in points[: len(skeleton)] for value in point]}
+        rows.append({**row, **told})
+    return rows
 
 
 TASK = Task(
