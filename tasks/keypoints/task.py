@@ -135,7 +135,7 @@ TASK = Task(
         "boxes": HeadSpec(BoxHead),
         "keypoints": HeadSpec(KeypointHead, ("fit", "skeletons")),
     },
-    steering=Steering(rank="labels", first="boxes", later="boxes", quality=("keypoints", "boxes")),
+    steering=Steering(rank="labels", first="boxes", later="boxes", quality=("boxes", "keypoints")),
     pick=_pick,
     evaluator=_evaluator,
     draw=_draw,

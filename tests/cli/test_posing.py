@@ -41,7 +41,7 @@ def test_from_training_to_pictures(grouped: bool, scenes: Path, tmp_path: Path, 
     assert len(list((tmp_path / "out").glob("*.jpg"))) == 18
     row = json.loads((tmp_path / "out" / "results.json").read_text())[0]
     assert len(row["keypoints"]) == 3 * len(KEYPOINTS)
-    picture = sorted((scenes / "images").rglob("*.jpg"))[0]
+    picture = sorted(path for path in (scenes / "images").rglob("*") if path.is_file())[0]
     result = queryvision.load(folder / "best.pt").predict(picture, threshold=0.0)
     assert result.keypoints.shape == (len(result), len(KEYPOINTS), 3)
     assert result.classes.skeletons[0] is not None and result.classes.skeletons[0].names == KEYPOINTS
