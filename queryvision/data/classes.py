@@ -80,8 +80,9 @@ class ClassMap:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> ClassMap:
         """Inverse of `to_dict`."""
-        skeletons = tuple(None if row is None else Skeleton.from_dict(row) for row in value.get("skeletons", ()))
-        return cls(tuple(value["ids"]), tuple(value["names"]), tuple(value["things"]), skeletons)
+        ids, names, things = (tuple(value[key]) for key in ("ids", "names", "things"))
+        rows = value.get("skeletons", ())
+        return cls(ids, names, things, tuple(None if row is None else Skeleton.from_dict(row) for row in rows))
 
     def union(self, other: ClassMap) -> ClassMap:
         """All classes of both, this map's first.
