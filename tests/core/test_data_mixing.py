@@ -481,7 +481,8 @@ def test_a_run_counts_batches_to_the_end_of_the_first_part(monkeypatch: pytest.M
     monkeypatch.setattr(runs, "train_loader", lambda *arguments: given.append(arguments) or [])
     config = Config.model_validate({"data": {"mixup": 0.25, "strong_until": 0.5}, "train": {"steps": 11, "accumulate": 3}})
     run = SimpleNamespace(
-        config=config, steps=11, accelerator=SimpleNamespace(device=torch.device("cpu")), train_data=None, classes=ClassMap((), (), ()),
+        config=config, steps=11, accelerator=SimpleNamespace(device=torch.device("cpu")), train_data=None,
+        classes=ClassMap((), (), ()),
         task=SimpleNamespace(needs=()), plan=None,
     )  # fmt: skip
     runs._Run._batches(run, 0)  # type: ignore[arg-type]
