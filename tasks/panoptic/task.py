@@ -66,7 +66,8 @@ def _evaluator(ground_truth: dict[str, Any], classes: ClassMap, backend: str) ->
 
 def _draw(picture: Image.Image, result: Result) -> Image.Image:
     segments = cast(SegmentMasks, result.values["masks"])
-    colors = segment_colors(result.labels.tolist(), result.classes.things)
+    labels = result.labels.tolist()
+    colors = segment_colors(labels, [result.classes.things[label] for label in labels])
     return draw_segments(picture, segments.rows().numpy(), result.names, colors)
 
 

@@ -3,10 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from queryvision.data.classes import ClassMap
 from queryvision.masks import Masks, SegmentMasks
 from queryvision.results import Result
+from queryvision.tasks.panoptic import TASK
 from queryvision.tasks.panoptic.merging import merge, semantic
 
 CLASSES = ClassMap((1, 2, 3, 7, 9), ("cat", "dog", "sky", "road", "grass"), (True, True, False, False, False))
@@ -172,3 +174,13 @@ def test_more_masks_than_a_chunk_and_ties_go_to_the_first():
         merged = merge(result, rule=rule)
         assert merged.boxes.tolist() == [[0, 0, 0, 0]] and merged.masks.all()
         assert isinstance(merged.values["masks"], SegmentMasks)
+
+
+def test_more_segments_than_classes_are_drawn_things_in_shades_of_their_class():
+    numbers = torch.arange(1, 9)
+    columns = torch.arange(1, 9, dtype=torch.int32).repeat_interleave(8).expand(40, -1).contiguous()
+    labels = torch.tensor([0, 0, 0, 2, 3, 4, 1, 0])
+    result = Result(torch.ones(8), labels, CLASSES, (40, 64), {"masks": SegmentMasks(numbers, columns)})
+    picture = TASK.draw(Image.new("RGB", (64, 40)), result)
+    shades = [picture.getpixel((8 * segment + 4, 38)) for segment in range(8)]
+    assert len(set(shades)) == 8
