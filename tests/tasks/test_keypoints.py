@@ -222,6 +222,7 @@ def test_denoised_points_are_as_similar_as_drawn() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grouped", [False, True])
 def test_eight_figures_are_learned_by_heart(grouped: bool) -> None:
     torch.manual_seed(0)
