@@ -37,7 +37,7 @@ class KeypointEvaluator:
         backend: see `CocoEvaluator`.
 
     Raises:
-        DataError: no category has keypoints.
+        DataError: no category has keypoints, or none has the names that the model knows.
     """
 
     def __init__(self, ground_truth: dict[str, Any], classes: ClassMap, backend: Any) -> None:
@@ -50,6 +50,12 @@ class KeypointEvaluator:
                 groups.setdefault(skeleton, []).append(category["id"])
         if not groups:
             raise DataError("ground truth: no category has keypoints; name them under 'keypoints' in 'categories'")
+        known = {skeleton.names for skeleton in classes.skeletons if skeleton is not None}
+        if not any(skeleton.names in known for skeleton in groups):
+            first = next(iter(groups)).names
+            raise DataError(
+                f"ground truth: its keypoints ({', '.join(first)}) are not the model's; use the names it was trained with"
+            )
         self.parts = {
             skeleton: CocoEvaluator(_only(ground_truth, ids), classes, "keypoints", backend=backend, sigmas=skeleton.sigmas)
             for skeleton, ids in groups.items()

@@ -183,6 +183,8 @@ def test_evaluator_scores_each_skeleton_with_its_own_sigmas() -> None:
     assert metrics["AP"] == pytest.approx(0.5) and metrics["AP/face"] == pytest.approx(1.0)
     assert metrics["AP/hand"] == pytest.approx(0.0) and "box_AP" in metrics
     assert {len(row["keypoints"]) for row in evaluator.records} == {9, 6}
+    with pytest.raises(DataError, match="not the model's"):
+        KeypointEvaluator({**truth, "categories": [{**categories[0], "keypoints": ["a", "b", "c"]}]}, classes, "auto")
     with pytest.raises(DataError, match="no category has keypoints"):
         KeypointEvaluator({**truth, "categories": categories[1:2]}, classes, "auto")
 
