@@ -13,7 +13,8 @@ from queryvision.engine.checkpoint import load_checkpoint, load_weights
 from queryvision.errors import CheckpointError, ConfigError
 from queryvision.model.builders import builder
 from queryvision.model.query_model import QueryModel
-from queryvision.task import Task, resolve_task
+from queryvision.registry import resolve_task
+from queryvision.task import Task
 
 
 @dataclass

@@ -147,7 +147,7 @@ def convert(
 @app.command()
 def tasks(debug: Debug = False) -> None:
     """List the tasks."""
-    from queryvision.task import resolve_task, task_names
+    from queryvision.registry import resolve_task, task_names
 
     for name in task_names():
         print(f"{name:12s} {resolve_task(name).summary}")
@@ -197,7 +197,7 @@ def data_check(
 ) -> None:
     """Report every problem of a data set with file and annotation id; exit code 1 if there is one."""
     from queryvision.data.check import check
-    from queryvision.task import resolve_task
+    from queryvision.registry import resolve_task
 
     found = None if task is None else resolve_task(task)
     report = check(path) if found is None else check(path, found.needs, found.source)
@@ -218,14 +218,13 @@ def data_view(
     debug: Debug = False,
 ) -> None:
     """Write a grid of annotated samples as they look after augmentation."""
-    from queryvision.data.coco import open_dataset
     from queryvision.data.scenes import make_scenes
     from queryvision.data.transforms import training_transform
     from queryvision.data.view import view
-    from queryvision.task import resolve_task
+    from queryvision.registry import resolve_task
+    from queryvision.splits import open_split
 
-    found = resolve_task(task)
-    dataset = open_dataset(str(make_scenes()) if path is None else path, split, found.needs, source=found.source)
+    dataset = open_split(resolve_task(task), str(make_scenes()) if path is None else path, split)
     view(dataset, training_transform(augmentation, image_size), output, count=count, seed=seed)
     print(output)
 

@@ -15,15 +15,16 @@ from PIL import Image
 from queryvision.assembly import Loaded, build_model, header, load_model, resolve
 from queryvision.config import changed, load_config
 from queryvision.data.classes import ClassMap
-from queryvision.data.coco import CocoDataset, open_dataset
+from queryvision.data.coco import CocoDataset
 from queryvision.data.scenes import make_scenes
 from queryvision.engine.checkpoint import save_checkpoint
 from queryvision.errors import ConfigError, DataError
 from queryvision.inference.predictor import Predictor, as_array, find_pictures
 from queryvision.outputs import writable_file, writable_folder
+from queryvision.registry import resolve_task
 from queryvision.results import Result
-from queryvision.splits import evaluate_model
-from queryvision.task import Evaluator, resolve_task
+from queryvision.splits import evaluate_model, open_split
+from queryvision.task import Evaluator
 from queryvision.weights import reader_of
 from queryvision.weights.reading import fill
 
@@ -76,7 +77,7 @@ def evaluate(
     root = str(make_scenes()) if config.data.path is None else config.data.path
     if data is None and not Path(root).exists():
         raise DataError(f"{root}: what this checkpoint was trained on is not here; name a data set with --data")
-    dataset = open_dataset(root, split or config.data.val_split, loaded.task.needs, source=loaded.task.source)
+    dataset = open_split(loaded.task, root, split or config.data.val_split)
     _report_classes(loaded, dataset, quiet)
     if dataset.warning() and not quiet:
         print(f"warning: {dataset.warning()}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -135,9 +136,7 @@ def load_config(
     """
     changes = {key: value for key, value in (overrides or {}).items() if value is not None}
     changes |= dict(parse_setting(text) for text in settings)
-    path = find_preset(task, config, custom=changes.get("data.path") is not None)
-    values = read_settings(path) if path else {}
-    make_config(values, str(path))  # what is wrong in the file is told with its name
+    path, values = _chosen(task, config, custom=changes.get("data.path") is not None)
     if task is not None:
         if config is not None and values.get("task", task) != task:
             raise ConfigError(f"{path}: this configuration is for task '{values['task']}', not '{task}'")
@@ -153,6 +152,26 @@ def load_config(
     if (result.train.steps is None) == (result.train.epochs is None):
         raise ConfigError("train: give either train.steps or train.epochs (--steps or --epochs)")
     return result
+
+
+def _chosen(task: str | None, config: str | None, custom: bool) -> tuple[Path | None, dict[str, Any]]:
+    """A preset or a file and what it says. A joint task without a preset takes its first part's and the heads of all."""
+    path = find_preset(task, config, custom)
+    values = _read(path)
+    if path is None and task is not None and "+" in task:
+        names = task.split("+")
+        path = find_preset(names[0], None, custom)
+        values = _read(path)
+        heads = [_read(find_preset(name, None, custom)).get("heads", {}) for name in names]
+        values["heads"] = {name: given for part in reversed(heads) for name, given in part.items()}
+    return path, values
+
+
+def _read(path: Path | None) -> dict[str, Any]:
+    """What a file says, checked, so that what is wrong in it is told with its name; None says nothing."""
+    values = read_settings(path) if path else {}
+    make_config(values, str(path))
+    return values
 
 
 def make_config(values: Mapping[str, Any], where: str = "") -> Config:
@@ -183,12 +202,16 @@ def changed(config: Config, changes: Mapping[str, Any]) -> Config:
 def find_preset(task: str | None, config: str | None, custom: bool = False) -> Path | None:
     """The YAML file of a preset's name or a path; None for a task that has no preset of its own.
 
+    A task from elsewhere (`package.module`) brings its own beside its module: `default.yaml`, `custom.yaml`.
+
     Raises:
         ConfigError: there is no such preset or file.
     """
     if config is None:
-        path = PRESETS / (task or "detection") / ("custom.yaml" if custom else "default.yaml")
-        return path if path.exists() else None
+        folder = _folder_of(task or "detection")
+        files = [folder / name for name in (["custom.yaml", "default.yaml"] if custom else ["default.yaml"])]
+        mine = files[:1] if folder.parent == PRESETS else files  # of a stranger's task, one may serve both
+        return next((path for path in mine if path.exists()), None)
     if Path(config).suffix in (".yaml", ".yml") or Path(config).is_file():
         if not Path(config).is_file():
             raise ConfigError(f"there is no configuration file {config}")
@@ -204,6 +227,17 @@ def find_preset(task: str | None, config: str | None, custom: bool = False) -> P
         names = ", ".join(f"{p.parent.name}/{p.stem}" for p in found)
         raise ConfigError(f"several tasks have a configuration '{config}': {names}; choose with --task")
     return found[0]
+
+
+def _folder_of(task: str) -> Path:
+    """Where a task's presets lie."""
+    if "." not in task or "+" in task:
+        return PRESETS / task
+    try:
+        found = find_spec(task)
+    except (ImportError, ValueError):
+        found = None
+    return Path(found.origin).parent if found is not None and found.origin else PRESETS / task
 
 
 def presets() -> list[Path]:

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from queryvision.assembly import resolve
 from queryvision.config import load_config
 from queryvision.model.builders import BUILDERS, builder
-from queryvision.task import resolve_task
+from queryvision.registry import resolve_task
 
 
 def describe(name: str, task: str | None = None, settings: Sequence[str] = ()) -> str:

@@ -25,10 +25,11 @@ from queryvision.fitting import fit_to_data
 from queryvision.inference.drawing import grid
 from queryvision.inference.predictor import Predictor
 from queryvision.model.query_model import QueryModel
+from queryvision.registry import resolve_task
 from queryvision.run_folder import LAST, SETTINGS, named_run, new_folder, newest_run, write_settings
 from queryvision.splits import data_warnings, evaluate_model, open_splits
 from queryvision.structures import Batch
-from queryvision.task import Task, resolve_task
+from queryvision.task import Task
 from queryvision.weights.finetune import start_from
 
 FLAGS = {

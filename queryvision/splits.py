@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from queryvision.config import Config
 from queryvision.data.classes import ClassMap
-from queryvision.data.coco import CocoDataset, check_same_classes, open_dataset
+from queryvision.data.coco import CocoDataset, check_same_classes, open_dataset, open_file
+from queryvision.data.layout import find_annotations
 from queryvision.data.loader import evaluation_loader
 from queryvision.data.scenes import make_scenes
 from queryvision.data.transforms import evaluation_transform
+from queryvision.data.union import unite
 from queryvision.engine.evaluation import evaluate
 from queryvision.errors import DataError
 from queryvision.model.query_model import QueryModel
@@ -22,16 +26,34 @@ def open_splits(config: Config, task: Task) -> tuple[CocoDataset, CocoDataset]:
     """
     data = config.data
     root = str(make_scenes()) if data.path is None else data.path
-    train = open_dataset(root, data.train_split, task.needs, data.strict, task.source)
+    train = open_split(task, root, data.train_split, data.strict)
     if data.limit:
         train = train.subset(data.limit)
         val = train
     else:
-        val = open_dataset(root, data.val_split, task.needs, data.strict, task.source)
+        val = open_split(task, root, data.val_split, data.strict)
         check_same_classes(train, val)
     if not train.max_objects:
         raise DataError(f"{train.file}: holds no object to learn from in {len(train)} images; `qv data check {root}` tells why")
     return train, val
+
+
+def open_split(task: Task, root: str | Path, split: str, strict: bool = False) -> CocoDataset:
+    """What a task learns from or is measured on; of a joint task the files of all its parts, united where they differ.
+
+    Raises:
+        DataError: it cannot be read, or files of joint tasks disagree.
+    """
+    files = {part.name: find_annotations(root, split, part.needs, part.source) for part in task.parts or (task,)}
+    if len(set(files.values())) == 1:
+        return open_dataset(root, split, task.needs, strict, task.source)
+    opened = {
+        file: open_file(
+            Path(root), split, file, [need for part in task.parts if files[part.name] == file for need in part.needs], strict
+        )
+        for file in dict.fromkeys(files.values())
+    }
+    return unite({name: opened[file] for name, file in files.items()})
 
 
 def data_warnings(train: CocoDataset, val: CocoDataset) -> list[str]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -74,6 +72,7 @@ class Task:
         finish: (heads, final round, results of a batch) -> results: what concerns an image as a whole; None: nothing does.
         source: which kind of annotation it learns from: lists of objects, or a segment for every pixel.
         save: (folder, {file stem: result}, classes) writes further result files of `qv predict`; None: there are none.
+        parts: the tasks that this one joins; empty: it is no joint task.
     """
 
     name: str
@@ -89,6 +88,7 @@ class Task:
     finish: Callable[[Mapping[str, Head], Round, list[Result]], list[Result]] | None = None
     source: Source = "instances"
     save: Callable[[Path, Mapping[str, Result], ClassMap], None] | None = None
+    parts: tuple[Task, ...] = ()
 
     def make_heads(self, classes: int | ClassMap, settings: Mapping[str, Mapping[str, Any]]) -> Callable[[Fit], list[Head]]:
         """What a builder calls to get the heads.
@@ -139,112 +139,3 @@ class Task:
             if name in round.answers:
                 values.update(heads[name].decode(round, picks, sizes))
         return picks, values
-
-
-def join(*tasks: Task) -> Task:
-    """One task out of several: the union of their heads, one pick, all heads' fields, metrics as `<task>/<name>`.
-
-    Raises:
-        ConfigError: a head of the same name is of another class or has other settings.
-    """
-    if len(tasks) == 1:
-        return tasks[0]
-    heads: dict[str, HeadSpec] = {}
-    for task in tasks:
-        for name, spec in task.heads.items():
-            if heads.setdefault(name, spec) != spec:
-                raise ConfigError(f"cannot join {'+'.join(t.name for t in tasks)}: head '{name}' is defined differently")
-    first = tasks[0]
-    different = next((task for task in tasks if task.source != first.source), None)
-    if different is not None:
-        raise ConfigError(f"cannot join {first.name} and {different.name}: one learns from objects, the other from segments")
-
-    def draw(picture: Image.Image, result: Result) -> Image.Image:
-        for task in tasks:
-            picture = task.draw(picture, result)
-        return picture
-
-    def records(result: Result, image_id: int) -> list[dict[str, Any]]:
-        rows = [task.records(result, image_id) for task in tasks]
-        return [{key: value for row in same for key, value in row.items()} for same in zip(*rows, strict=True)]
-
-    def evaluator(ground_truth: dict[str, Any], classes: ClassMap, backend: str) -> Evaluator:
-        return _JointEvaluator({t.name: t.evaluator(ground_truth, classes, backend) for t in tasks}, tasks)
-
-    return replace(
-        first,
-        name="+".join(t.name for t in tasks),
-        summary="; ".join(t.summary for t in tasks),
-        needs=tuple(dict.fromkeys(need for t in tasks for need in t.needs)),
-        heads=heads,
-        steering=_joint_steering(tasks),
-        draw=draw,
-        records=records,
-        evaluator=evaluator,
-        main_metric="mean",
-    )
-
-
-def _joint_steering(tasks: tuple[Task, ...]) -> Steering:
-    """For each part the first task's word that names a head; for quality all, in order."""
-
-    def first(part: str) -> str | None:
-        return next((name for task in tasks if (name := getattr(task.steering, part)) is not None), None)
-
-    quality = tuple(dict.fromkeys(name for task in tasks for name in task.steering.quality))
-    return Steering(first("rank"), first("first"), first("later"), first("hidden"), quality)
-
-
-class _JointEvaluator:
-    """Asks every task's evaluator; `mean` is the mean of their main metrics."""
-
-    def __init__(self, parts: dict[str, Evaluator], tasks: tuple[Task, ...]) -> None:
-        self.parts = parts
-        self.main = {task.name: task.main_metric for task in tasks}
-
-    @property
-    def records(self) -> list[dict[str, Any]]:
-        return [row for part in self.parts.values() for row in part.records]
-
-    def add(self, image_id: int, result: Result) -> None:
-        for part in self.parts.values():
-            part.add(image_id, result)
-
-    def compute(self) -> dict[str, float]:
-        metrics: dict[str, float] = {}
-        for name, part in self.parts.items():
-            metrics |= {f"{name}/{key}": value for key, value in part.compute().items()}
-        metrics["mean"] = sum(metrics[f"{name}/{main}"] for name, main in self.main.items()) / len(self.main)
-        return metrics
-
-
-def resolve_task(name: str) -> Task:
-    """The task of a name: `detection`, somebody else's `package.module`, or several joined by `+`.
-
-    A task's module holds it as `TASK`. This is the only place where a name becomes a task.
-
-    Raises:
-        ConfigError: there is no such task.
-    """
-    return join(*(_resolve_one(part) for part in name.split("+")))
-
-
-def _resolve_one(name: str) -> Task:
-    path = name if "." in name else f"queryvision.tasks.{name}"
-    unknown = ConfigError(f"there is no task '{name}'; {nearest(name, task_names())}, or a dotted module")
-    if not all(part.isidentifier() for part in path.split(".")):
-        raise unknown
-    try:
-        module = importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if error.name and not path.startswith(error.name):
-            raise
-        raise unknown from error
-    if not isinstance(getattr(module, "TASK", None), Task):
-        raise ConfigError(f"module '{path}' holds no TASK (a queryvision.task.Task)")
-    return module.TASK  # type: ignore[no-any-return]
-
-
-def task_names() -> list[str]:
-    """The tasks that come with the package: the packages beside each other in `queryvision/tasks`."""
-    return sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent / "tasks")]) if m.ispkg)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from queryvision.assembly import build_model, resolve
 from queryvision.config import load_config
 from queryvision.data.classes import ClassMap
-from queryvision.data.coco import open_dataset
 from queryvision.errors import ConfigError
 from queryvision.head import Head, View
 from queryvision.model.cross_attention import DeformableCrossAttention
@@ -21,8 +20,9 @@ from queryvision.model.hybrid_encoder import HybridEncoder
 from queryvision.model.neck import Pyramid
 from queryvision.model.proposals import SelectedQueries
 from queryvision.model.query_model import QueryModel
+from queryvision.registry import resolve_task
+from queryvision.splits import open_split
 from queryvision.structures import Features, ImageBatch, Memory, Queries
-from queryvision.task import resolve_task
 
 COCO_ROWS = 91
 """Ids 0..90, as in the published checkpoints."""
@@ -57,7 +57,7 @@ def trace(config: str = "detr_r50_coco", image: str = "800x600", *, task: str | 
     found = resolve_task(chosen.task)
     settings = resolve(chosen, found)
     if settings.data.path:
-        classes = open_dataset(settings.data.path, settings.data.train_split, found.needs, source=found.source).classes
+        classes = open_split(found, settings.data.path, settings.data.train_split).classes
     else:
         rows = range(COCO_ROWS)
         classes = ClassMap(tuple(rows), tuple(str(i) for i in rows), (True,) * COCO_ROWS)

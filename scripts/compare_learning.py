@@ -38,9 +38,9 @@ from queryvision.data.loader import BatchPlan, evaluation_loader, train_loader
 from queryvision.data.transforms import evaluation_transform, training_transform
 from queryvision.engine.optimisation import AveragedWeights, lr_factor, parameter_groups
 from queryvision.model.backbone import make_backbone
+from queryvision.registry import resolve_task
 from queryvision.runs import train
 from queryvision.splits import open_splits
-from queryvision.task import resolve_task
 from queryvision.weights.sources import load_backbone
 
 TIMED = 120  # steps of ours that are timed before its run

@@ -61,7 +61,7 @@ def test_queryvision_imports_no_task() -> None:
 
 def test_one_place_resolves_a_task_name() -> None:
     places = [p.relative_to(CORE).as_posix() for p in sources(CORE) if "queryvision.tasks" in p.read_text().split('"""', 2)[-1]]
-    assert places == ["task.py"]
+    assert places == ["registry.py"]
 
 
 @pytest.mark.parametrize("part", BLIND)

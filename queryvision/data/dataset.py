@@ -41,6 +41,9 @@ class CocoDataset:
         num_keypoints: K, 0 where none are needed.
         objects: the packed annotations.
         maps: to which segment each pixel belongs; None: these are instances.
+        images: ids, names, sizes and covered classes.
+        folders: where the images are looked for.
+        parts: {task: the data set of its file}, where several files were united; empty: it is one file.
     """
 
     def __init__(
@@ -56,6 +59,8 @@ class CocoDataset:
         problems: Sequence[Problem] = (),
         num_annotations: int = 0,
         maps: SegmentMaps | None = None,
+        folders: tuple[Path, ...] | None = None,
+        parts: Mapping[str, CocoDataset] | None = None,
     ) -> None:
         self.root, self.split, self.file = root, split, file
         self.classes, self.categories, self.needs = classes, list(categories), tuple(needs)
@@ -66,8 +71,9 @@ class CocoDataset:
         image = np.repeat(np.arange(len(images.ids)), np.diff(objects.offsets))
         per_image = np.bincount(image[~objects.crowd], minlength=1)
         self.max_objects = int(per_image.max())
-        self._images = images
-        self._folders = layout.image_folders(root, split, file)
+        self.images = images
+        self.folders = layout.image_folders(root, split, file) if folders is None else folders
+        self.parts = dict(parts or {})
 
     def __len__(self) -> int:
         """Number of images."""
@@ -79,7 +85,7 @@ class CocoDataset:
 
     def name(self, index: int) -> str:
         """File name of an image, as the annotation file has it."""
-        return str(self._images.names[index])
+        return str(self.images.names[index])
 
     def path(self, index: int) -> Path:
         """Where an image lies.
@@ -88,7 +94,7 @@ class CocoDataset:
             DataError: it is missing.
         """
         try:
-            return layout.find_image(self._folders, self.name(index))
+            return layout.find_image(self.folders, self.name(index))
         except DataError as error:
             raise DataError(f"{self.file}: {error}") from None
 
@@ -134,8 +140,8 @@ class CocoDataset:
             found.masks, found.ignore_masks = self._masks(index, things, crowds)
             # A sliver can cover no pixel centre: such a mask has nothing to teach.
             found.has["masks"] = found.has["masks"] & found.masks.any((1, 2))
-        if self._images.covers is not None and not self._images.covers[index].all():
-            found.covers = self._images.covers[index].copy()
+        if self.images.covers is not None and not self.images.covers[index].all():
+            found.covers = self.images.covers[index].copy()
         if self.maps is None:
             return found
         found.stuff = ~np.asarray(self.classes.things, bool)[found.labels]
@@ -165,8 +171,10 @@ class CocoDataset:
         Returns:
             A COCO dictionary: `images`, `categories`, and `annotations` with `area` and `iscrowd` filled in where absent.
             Of panoptic data, `annotations` are COCO-panoptic's, `segments` is a function: image id -> `segment_map`, and
-            `folder` is that of the PNG files, where these were published.
+            `folder` is that of the PNG files, where these were published. Of united files it is {"parts": {task: its own}}.
         """
+        if self.parts:
+            return {"parts": {name: part.ground_truth() for name, part in self.parts.items()}}
         raw = load(self.file)
         chosen = set(self.image_ids.tolist())
         by_id = {image["id"]: image for image in reversed(raw["images"]) if image["id"] in chosen}
@@ -194,13 +202,19 @@ class CocoDataset:
         if len(np.unique(indices)) < len(indices):
             raise ValueError("a subset holds an image at most once")
         maps = None if self.maps is None else self.maps.take(indices)
+        kept = self.image_ids[indices]
+        rows = {name: np.flatnonzero(np.isin(part.image_ids, kept)) for name, part in self.parts.items()}
+        parts = {name: self.parts[name].subset(found.tolist()) for name, found in rows.items() if len(found)}
         return CocoDataset(
-            self.root, self.split, self.file, self.classes, self.categories, self.needs, self._images.take(indices),
-            self.objects.take(indices), self.problems, self.num_annotations, maps,
+            self.root, self.split, self.file, self.classes, self.categories, self.needs, self.images.take(indices),
+            self.objects.take(indices), self.problems, self.num_annotations, maps, self.folders, parts,
         )  # fmt: skip
 
     def warning(self) -> str | None:
         """One line about what was dropped or is missing, None if all is well."""
+        if self.parts:
+            told = {part.file: part.warning() for part in self.parts.values()}
+            return "; ".join(text for text in told.values() if text) or None
         lines = []
         dropped = Counter(p.kind for p in self.problems if not p.kept)
         lines += [f"{count} {words}" for kind, words in IMAGE_PROBLEMS.items() if (count := dropped.pop(kind, 0))]

@@ -147,8 +147,8 @@ def draw_curves(rows: list[dict[str, str]], path: Path) -> None:
         steps, values = zip(*points, strict=True)
         if key.startswith("loss"):
             losses.plot(steps, values, label=key, linewidth=2 if key == "loss" else 1)
-    # The first few metrics, without those of single classes and those that say "nothing to measure" (-1).
-    shown = [key for key in series if key.startswith("val/") and key.count("/") == 1 and max(v for _, v in series[key]) >= 0]
+    # The first few metrics (those of single classes come last), without those that say "nothing to measure" (-1).
+    shown = [key for key in series if key.startswith("val/") and max(v for _, v in series[key]) >= 0]
     for key in shown[:6]:
         steps, values = zip(*series[key], strict=True)
         metrics.plot(steps, values, label=key.removeprefix("val/"), marker="o", markersize=3)

@@ -33,8 +33,8 @@ from queryvision.engine.checkpoint import load_checkpoint, save_checkpoint
 from queryvision.errors import DataError
 from queryvision.model.builders import BUILDERS
 from queryvision.model.query_model import QueryModel
+from queryvision.registry import resolve_task
 from queryvision.results import Result
-from queryvision.task import resolve_task
 from queryvision.weights import FAMILIES, reader_of
 
 # ---------------------------------------------------------------------------------------------------- the face

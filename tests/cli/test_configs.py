@@ -18,8 +18,8 @@ from queryvision.data.loader import BatchPlan, train_loader
 from queryvision.data.transforms import training_transform
 from queryvision.model.backbone import Backbone, make_backbone
 from queryvision.model.builders import contrastive, deformable, dense, distributional, hybrid, mask_dino, masked
+from queryvision.registry import resolve_task
 from queryvision.splits import open_splits
-from queryvision.task import resolve_task
 
 NAMES = [f"{path.parent.name}/{path.stem}" for path in presets()]
 MASKS = {"heads.masks.points": 64}

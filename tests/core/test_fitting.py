@@ -13,7 +13,7 @@ from queryvision.config import Config, make_config
 from queryvision.data.classes import ClassMap
 from queryvision.errors import ConfigError
 from queryvision.fitting import fit_to_data
-from queryvision.task import resolve_task
+from queryvision.registry import resolve_task
 
 
 def data(side: float, size: tuple[int, int], most: int = 5, crowd: float | None = None) -> Any:

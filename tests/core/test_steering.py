@@ -22,8 +22,9 @@ from toys import (
 from queryvision.criterion import Criterion
 from queryvision.errors import ConfigError
 from queryvision.head import Feedback, Fit, Steering
+from queryvision.joint import join
 from queryvision.structures import Features
-from queryvision.task import HeadSpec, Task, join
+from queryvision.task import HeadSpec, Task
 from queryvision.tasks.detection import BoxHead, LabelHead
 
 pytestmark = pytest.mark.usefixtures("one_thread")

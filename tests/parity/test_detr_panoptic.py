@@ -19,8 +19,8 @@ from queryvision.head import Fit
 from queryvision.matching import match
 from queryvision.model import builders
 from queryvision.model.query_model import QueryModel
+from queryvision.registry import resolve_task
 from queryvision.structures import Targets
-from queryvision.task import resolve_task
 from queryvision.tasks.detection import BoxHead, LabelHead
 from queryvision.tasks.panoptic import AttentionMaskHead
 from queryvision.tasks.panoptic import attention_masks as module

@@ -20,7 +20,7 @@ from queryvision.data.coco_classes import COCO_NAMES, COCO_STUFF
 from queryvision.errors import CheckpointError
 from queryvision.model import builders
 from queryvision.model.query_model import QueryModel
-from queryvision.task import resolve_task
+from queryvision.registry import resolve_task
 from queryvision.weights import detectron, mask2former, maskdino
 from queryvision.weights.pickles import read_pickle
 from queryvision.weights.reading import fill

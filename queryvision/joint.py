@@ -1,0 +1,117 @@
+"""One task out of several: one model and one matching for the union of their heads, every task's metrics beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from queryvision.data.classes import ClassMap
+from queryvision.errors import ConfigError
+from queryvision.head import Head, Steering
+from queryvision.results import Result
+from queryvision.structures import Round
+from queryvision.task import Evaluator, HeadSpec, Task
+
+
+def join(*tasks: Task) -> Task:
+    """One task out of several: the union of their heads, one pick, all heads' fields, metrics as `<task>/<name>`.
+
+    Raises:
+        ConfigError: a head of the same name is of another class or has other settings.
+    """
+    if len(tasks) == 1:
+        return tasks[0]
+    heads: dict[str, HeadSpec] = {}
+    for task in tasks:
+        for name, spec in task.heads.items():
+            known = heads.get(name, spec)
+            if replace(known, unless=spec.unless) != spec:
+                raise ConfigError(f"cannot join {'+'.join(t.name for t in tasks)}: head '{name}' is defined differently")
+            # Who needs it always outweighs who can do without it.
+            heads[name] = spec if spec.unless is None else known
+    first = tasks[0]
+    different = next((task for task in tasks if task.source != first.source), None)
+    if different is not None:
+        raise ConfigError(f"cannot join {first.name} and {different.name}: one learns from objects, the other from segments")
+
+    def draw(picture: Image.Image, result: Result) -> Image.Image:
+        for task in tasks:
+            picture = task.draw(picture, result)
+        return picture
+
+    def finish(heads: Mapping[str, Head], round: Round, results: list[Result]) -> list[Result]:
+        for task in tasks:
+            results = results if task.finish is None else task.finish(heads, round, results)
+        return results
+
+    def save(folder: Path, results: Mapping[str, Result], classes: ClassMap) -> None:
+        for task in tasks:
+            if task.save is not None:
+                task.save(folder, results, classes)
+
+    def records(result: Result, image_id: int) -> list[dict[str, Any]]:
+        rows = [task.records(result, image_id) for task in tasks]
+        return [{key: value for row in same for key, value in row.items()} for same in zip(*rows, strict=True)]
+
+    def evaluator(ground_truth: dict[str, Any], classes: ClassMap, backend: str) -> Evaluator:
+        return _JointEvaluator(tasks, ground_truth, classes, backend)
+
+    return replace(
+        first,
+        name="+".join(t.name for t in tasks),
+        summary="; ".join(t.summary for t in tasks),
+        needs=tuple(dict.fromkeys(need for t in tasks for need in t.needs)),
+        heads=heads,
+        steering=_joint_steering(tasks),
+        draw=draw,
+        records=records,
+        evaluator=evaluator,
+        main_metric="mean",
+        finish=finish if any(t.finish for t in tasks) else None,
+        save=save if any(t.save for t in tasks) else None,
+        parts=tasks,
+    )
+
+
+def _joint_steering(tasks: tuple[Task, ...]) -> Steering:
+    """For each part the first task's word that names a head; for quality all, in order."""
+
+    def first(part: str) -> str | None:
+        return next((name for task in tasks if (name := getattr(task.steering, part)) is not None), None)
+
+    quality = tuple(dict.fromkeys(name for task in tasks for name in task.steering.quality))
+    return Steering(first("rank"), first("first"), first("later"), first("hidden"), quality)
+
+
+class _JointEvaluator:
+    """Asks every task's evaluator, each about the images of its own annotations; `mean` is the mean of their main metrics."""
+
+    def __init__(self, tasks: Sequence[Task], ground_truth: dict[str, Any], classes: ClassMap, backend: str) -> None:
+        truths = ground_truth.get("parts", {task.name: ground_truth for task in tasks})  # several files, or one for all
+        self.tasks = [task for task in tasks if task.name in truths]
+        self.parts = [task.evaluator(truths[task.name], classes, backend) for task in self.tasks]
+        self.images = [{row["id"] for row in truths[task.name]["images"]} for task in self.tasks]
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return [row for part in self.parts for row in part.records]
+
+    def add(self, image_id: int, result: Result) -> None:
+        for part, known in zip(self.parts, self.images, strict=True):
+            if image_id in known:
+                part.add(image_id, result)
+
+    def compute(self) -> dict[str, float]:
+        found = [part.compute() for part in self.parts]
+        main = {
+            f"{task.name}/{task.main_metric}": metrics[task.main_metric]
+            for task, metrics in zip(self.tasks, found, strict=True)
+        }
+        whole = {"mean": sum(main.values()) / len(main), **main}  # what people look at first
+        for task, metrics in zip(self.tasks, found, strict=True):
+            whole |= {f"{task.name}/{key}": value for key, value in metrics.items()}
+        return whole

@@ -1,0 +1,65 @@
+"""Joint tasks from the command line: one model for two annotation files, from training to pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_posing import SMALL
+from tiny import Call
+
+import queryvision
+from queryvision.config import load_config
+from queryvision.data.scene_sprites import KEYPOINTS
+
+TASK = "instance+keypoints"
+
+
+@pytest.fixture(scope="module")
+def joint(drawn_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return queryvision.train(
+        TASK, "default", data=drawn_once, image_size=64, batch_size=2, steps=4, weights="none",
+        output=tmp_path_factory.mktemp("joint"), settings=SMALL,
+    )  # fmt: skip
+
+
+def test_metrics_of_all_tasks_and_their_mean(joint: Path, call: Call) -> None:
+    metrics = json.loads((joint / "summary.json").read_text())["metrics"]
+    assert {"mean", "instance/AP", "instance/box_AP", "keypoints/AP", "keypoints/AP50", "instance/AP/ball"} <= set(metrics)
+    assert metrics["mean"] == pytest.approx((metrics["instance/AP"] + metrics["keypoints/AP"]) / 2)
+    done = call("eval", joint / "best.pt", "--json")
+    assert done.code == 0, done
+    assert json.loads(done.out) == pytest.approx(metrics, abs=1e-9)
+
+
+def test_one_result_holds_what_every_task_says(joint: Path, drawn_once: Path, tmp_path: Path, call: Call) -> None:
+    done = call("predict", joint / "best.pt", drawn_once / "images", "--output", tmp_path / "out", "--threshold", "0.0")
+    assert done.code == 0, done
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    figures = [row for row in rows if row["category_id"] == 1]
+    assert figures and all("segmentation" in row for row in rows)
+    assert all(("keypoints" in row) == (row["category_id"] == 1) for row in rows)
+    picture = next(path for path in (drawn_once / "images").rglob("*") if path.is_file())
+    result = queryvision.load(joint / "best.pt").predict(picture, threshold=0.0)
+    assert len(result.masks) == len(result.boxes) == len(result.keypoints) == len(result)
+    assert result.keypoints.shape[1:] == (len(KEYPOINTS), 3)
+
+
+def test_one_checkpoint_holds_one_core(joint: Path) -> None:
+    state = torch.load(joint / "best.pt", weights_only=True)["model"]
+    heads = {name.split(".")[1] for name in state if name.startswith("heads.")}
+    assert sum("keypoints" in name for name in state) and sum("masks" in name for name in state), heads
+
+
+def test_a_union_without_a_preset_takes_those_of_its_parts() -> None:
+    config = load_config("detection+keypoints")
+    alone = load_config("detection")
+    assert config.task == "detection+keypoints" and config.model == alone.model and config.train == alone.train
+    assert config.heads == {**load_config("keypoints").heads, **alone.heads}
+
+
+def test_data_view_and_trace_know_joint_tasks(drawn_once: Path, tmp_path: Path, call: Call) -> None:
+    done = call("data", "view", drawn_once, "--task", TASK, "--image-size", "64", "--count", "2", "-o", tmp_path / "data.png")
+    assert done.code == 0 and (tmp_path / "data.png").stat().st_size > 0

@@ -1,0 +1,123 @@
+"""Annotation files of the same images, united for joint tasks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from queryvision.errors import DataError
+from queryvision.registry import resolve_task
+from queryvision.splits import open_split
+
+JOINT = resolve_task("instance+keypoints")
+DOG, PERSON = {"id": 3, "name": "dog"}, {"id": 1, "name": "person"}
+POSED = {**PERSON, "keypoints": ["head", "foot"]}
+SQUARE = [[10, 10, 30, 10, 30, 30, 10, 30]]
+
+
+def row(id_: int, image: int, category: int, box: list[float], **more: Any) -> dict[str, Any]:
+    return {"id": id_, "image_id": image, "category_id": category, "bbox": box, "area": box[2] * box[3], "iscrowd": 0, **more}
+
+
+def image(id_: int, side: int = 64, **more: Any) -> dict[str, Any]:
+    return {"id": id_, "file_name": f"{id_}.png", "width": side, "height": 64, **more}
+
+
+def written(root: Path, objects: dict[str, Any], posed: dict[str, Any]) -> Path:
+    """Image 1 in both files, 2 among the objects only, 5 among people only."""
+    (root / "annotations").mkdir(parents=True)
+    (root / "images").mkdir()
+    for id_ in (1, 2, 5):
+        Image.new("RGB", (64, 64)).save(root / "images" / f"{id_}.png")
+    (root / "annotations" / "instances_train.json").write_text(json.dumps(objects))
+    (root / "annotations" / "person_keypoints_train.json").write_text(json.dumps(posed))
+    return root
+
+
+def objects() -> dict[str, Any]:
+    rows = [
+        row(7, 2, 3, [0, 0, 20, 20], segmentation=[[0, 0, 20, 0, 20, 20, 0, 20]]),
+        row(8, 1, 1, [10, 10, 20, 20], segmentation=SQUARE),
+        row(9, 1, 3, [10, 10, 20, 20], segmentation=SQUARE),  # a dog in the same place is another object
+    ]
+    return {"images": [image(2), image(1)], "annotations": rows, "categories": [DOG, PERSON]}
+
+
+def people() -> dict[str, Any]:
+    rows = [
+        row(1, 5, 1, [5, 5, 40, 40], keypoints=[6, 6, 2, 0, 0, 0], num_keypoints=1),
+        row(2, 1, 1, [10, 10.5, 20, 20], keypoints=[12, 12, 2, 14, 28, 1], num_keypoints=2),
+        row(3, 1, 1, [40, 40, 10, 10], keypoints=[0] * 6, num_keypoints=0),
+    ]
+    return {"images": [image(5), image(1)], "annotations": rows, "categories": [POSED]}
+
+
+def test_what_two_files_say_about_an_object_is_one_object(tmp_path: Path) -> None:
+    data = open_split(JOINT, written(tmp_path, objects(), people()), "train")
+    assert data.classes.names == ("person", "dog") and data.classes.skeletons[0] is not None
+    assert data.image_ids.tolist() == [2, 1, 5] and len(data.objects.ids) == 5
+    two, one, five = (data.read(index).annotations for index in range(3))
+    assert two.labels.tolist() == [1] and two.covers is None and not two.has["keypoints"].any()
+    assert sorted(one.labels.tolist()) == [0, 0, 1] and one.covers is None
+    both = one.ids.tolist().index(8)
+    assert one.masks is not None and one.keypoints is not None
+    assert one.masks[both].sum() == 400 and one.keypoints[both].tolist() == [[12, 12, 2], [14, 28, 1]]
+    new = one.ids.tolist().index(3)
+    assert not one.has["masks"][new] and not one.has["keypoints"][new].any()
+    assert not one.has["keypoints"][one.ids.tolist().index(9)].any()
+    assert five.covers is not None and five.covers.tolist() == [True, False]  # nobody looked for dogs here
+    assert five.has["keypoints"].tolist() == [[True, False]] and not five.has["masks"].any()
+
+
+def test_each_task_is_measured_on_its_own_annotations(tmp_path: Path) -> None:
+    data = open_split(JOINT, written(tmp_path, objects(), people()), "train")
+    truths = data.ground_truth()["parts"]
+    assert {name: [r["id"] for r in truth["images"]] for name, truth in truths.items()} == {
+        "instance": [2, 1],
+        "keypoints": [5, 1],
+    }
+    few = data.subset(1)
+    assert set(few.ground_truth()["parts"]) == {"instance"}
+    assert few.read(0).image_id == 2
+
+
+def test_one_file_for_all_is_read_once(tmp_path: Path) -> None:
+    root = written(tmp_path, {**objects(), "categories": [DOG, POSED]}, people())
+    (root / "annotations" / "person_keypoints_train.json").unlink()
+    data = open_split(JOINT, root, "train")
+    assert not data.parts and data.needs == ("labels", "boxes", "masks", "keypoints")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda p: p["images"].__setitem__(1, image(1, file_name="2.png")), "image 1 is '1.png'"),
+        (lambda p: p["images"].__setitem__(1, image(1, 32)), "image 1 is '1.png' (64 x 64)"),
+        (lambda p: p["categories"].__setitem__(0, {**POSED, "id": 1, "name": "man"}), "class id 1 is 'person'"),
+        (lambda p: p["categories"].__setitem__(0, {**POSED, "isthing": 0}), "class 'person' is defined differently"),
+    ],
+)
+def test_files_that_disagree_are_refused(change: Callable[[Any], None], told: str, tmp_path: Path) -> None:
+    posed = people()
+    change(posed)
+    with pytest.raises(DataError) as error:
+        open_split(JOINT, written(tmp_path, objects(), posed), "train")
+    assert told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_real_files_of_coco(real_data: Callable[[str], Path]) -> None:
+    data = open_split(JOINT, real_data("coco"), "val")
+    parts = data.parts
+    assert len(data) > len(parts["instance"]) and data.images.covers is not None
+    posed = [(d.objects.keypoints[..., 2] > 0).sum() for d in (data, parts["keypoints"]) if d.objects.keypoints is not None]
+    assert len(posed) == 2 and posed[0] == posed[1]
+    crowds = [int(part.objects.crowd.sum()) for part in (data, *parts.values())]
+    assert max(crowds[1:]) <= crowds[0] <= sum(crowds[1:])
+    only_people = np.flatnonzero(data.images.covers.sum(1) == 1)
+    assert len(only_people) and set(data.image_ids[only_people]) <= set(parts["keypoints"].image_ids)
