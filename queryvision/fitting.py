@@ -28,8 +28,9 @@ def fit_to_data(config: Config, data: CocoDataset) -> tuple[Config, list[str]]:
     changes: dict[str, int] = {}
     lines = []
     if config.data.image_size == AUTO:
-        changes["data.image_size"], small = _side(data)
-        lines.append(f"image size {changes['data.image_size']} px (at it, small objects measure {small:.0f} px)")
+        side, small = _side(data)
+        changes["data.image_size"] = side
+        lines.append(f"image size {side} px" + (f" (at it, small objects measure {small:.0f} px)" if small else ""))
     if config.model.get("num_queries") == AUTO:
         changes["model.num_queries"] = _queries(data.max_objects)
         lines.append(f"{changes['model.num_queries']} queries (an image has up to {data.max_objects} objects)")
@@ -37,13 +38,17 @@ def fit_to_data(config: Config, data: CocoDataset) -> tuple[Config, list[str]]:
 
 
 def _side(data: CocoDataset) -> tuple[int, float]:
-    """Short side in px, a multiple of 32, and what the smallest twentieth of the objects then measures at most."""
+    """Short side in px, a multiple of 32, and what the smallest twentieth of the objects then measures at most.
+
+    Stuff does not count, as it has no size of its own; where there is nothing else the least side does, and the second is 0.
+    """
     objects = data.objects
     extent = objects.boxes[:, 2:] - objects.boxes[:, :2]
     short = np.repeat(data.sizes.min(1), np.diff(objects.offsets))
-    share = np.sqrt(extent[:, 0] * extent[:, 1])[~objects.crowd] / short[~objects.crowd]
-    small = float(np.percentile(share, 5))
-    needed = min(max(SMALL / max(small, 1e-6), SIDES[0]), SIDES[1])
+    things = ~objects.crowd & np.asarray(data.classes.things)[objects.labels]
+    share = np.sqrt(extent[:, 0] * extent[:, 1])[things] / short[things]
+    small = float(np.percentile(share, 5)) if things.any() else 0.0
+    needed = min(max(SMALL / max(small, 1e-6), SIDES[0]), SIDES[1]) if things.any() else SIDES[0]
     largest = max(32, 32 * math.ceil(float(np.median(data.sizes.min(1))) / 32))  # nothing is gained beyond the images' own
     side = min(32 * math.ceil(needed / 32), largest)
     return side, small * side
