@@ -44,6 +44,7 @@ class DataSettings(Settings):
     strong_until: float = Field(
         0.9, ge=0, le=1, description="share of all steps with strong, mosaic, mixup and copy_blend, where they are on"
     )
+    skip_empty: bool = Field(False, description="train on images with an object only")
     limit: int | None = Field(None, ge=1, description="use only so many training images, and evaluate on the same ones")
     workers: int = Field(0, ge=0, description="processes that read images; 0: the training process itself")
     strict: bool = Field(False, description="refuse a data set with a bad annotation instead of dropping it")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from queryvision.config import Config
 from queryvision.data.classes import ClassMap
 from queryvision.data.coco import CocoDataset, check_same_classes, open_dataset, open_file
@@ -33,6 +35,8 @@ def open_splits(config: Config, task: Task) -> tuple[CocoDataset, CocoDataset]:
     else:
         val = open_split(task, root, data.val_split, data.strict)
         check_same_classes(train, val)
+    if data.skip_empty and train.max_objects:
+        train = train.subset(np.flatnonzero(train.num_objects).tolist())
     if not train.max_objects:
         raise DataError(f"{train.file}: holds no object to learn from in {len(train)} images; `qv data check {root}` tells why")
     return train, val

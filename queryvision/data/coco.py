@@ -127,8 +127,20 @@ def check_same_classes(a: CocoDataset, b: CocoDataset) -> None:
         {id_: f"'{name}'{'' if thing else ' (stuff)'}" for id_, name, thing in zip(c.ids, c.names, c.things, strict=True)}
         for c in (a.classes, b.classes)
     )
-    if mine == theirs:
+    posed = [
+        name
+        for name, skeleton in zip(a.classes.names, a.classes.skeletons, strict=True)
+        if "keypoints" in a.needs
+        and name in b.classes.index_of_name
+        and skeleton != b.classes.skeletons[b.classes.index_of_name[name]]
+    ]
+    if mine == theirs and not posed:
         return
+    if mine == theirs:
+        raise DataError(
+            f"{a.root}: the keypoints of '{posed[0]}' differ between '{a.split}' and '{b.split}' (names, limbs, pairs or sigmas); "
+            "make the categories equal"
+        )
     differences = [
         f"id {id_} is {mine.get(id_, 'missing')} in {a.file.name} and {theirs.get(id_, 'missing')} in {b.file.name}"
         for id_ in sorted(mine.keys() | theirs.keys())

@@ -37,7 +37,8 @@ class CocoDataset:
         num_annotations: in the file, good and bad.
         image_ids: (n,) int64.
         sizes: (n,2) int32 height, width, as the file says.
-        max_objects: most objects in one image, crowds apart.
+        num_objects: (n,) int64 objects in each image, crowds apart.
+        max_objects: the most of them.
         num_keypoints: K, 0 where none are needed.
         objects: the packed annotations.
         maps: to which segment each pixel belongs; None: these are instances.
@@ -69,8 +70,8 @@ class CocoDataset:
         self.num_keypoints = 0 if objects.keypoints is None else objects.keypoints.shape[1]
         self.objects, self.maps = objects, maps
         image = np.repeat(np.arange(len(images.ids)), np.diff(objects.offsets))
-        per_image = np.bincount(image[~objects.crowd], minlength=1)
-        self.max_objects = int(per_image.max())
+        self.num_objects = np.bincount(image[~objects.crowd], minlength=len(images.ids))
+        self.max_objects = int(self.num_objects.max(initial=0))
         self.images = images
         self.folders = layout.image_folders(root, split, file) if folders is None else folders
         self.parts = dict(parts or {})

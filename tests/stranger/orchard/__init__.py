@@ -1,0 +1,1 @@
+"""Tasks about fruit trees, for queryvision."""
