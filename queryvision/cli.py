@@ -200,9 +200,10 @@ def data_check(
     from queryvision.registry import resolve_task
 
     found = None if task is None else resolve_task(task)
-    report = check(path) if found is None else check(path, found.needs, found.source)
-    print("\n".join(report.lines()))
-    raise typer.Exit(0 if report.ok else 1)
+    parts = () if found is None else found.parts or (found,)
+    reports = [check(path, part.needs, part.source) for part in parts] or [check(path)]
+    print("\n".join(line for report in reports for line in report.lines()))
+    raise typer.Exit(0 if all(report.ok for report in reports) else 1)
 
 
 @data_app.command(name="view")

@@ -33,10 +33,6 @@ def join(*tasks: Task) -> Task:
                 raise ConfigError(f"cannot join {'+'.join(t.name for t in tasks)}: head '{name}' is defined differently")
             # Who needs it always outweighs who can do without it.
             heads[name] = spec if spec.unless is None else known
-    first = tasks[0]
-    different = next((task for task in tasks if task.source != first.source), None)
-    if different is not None:
-        raise ConfigError(f"cannot join {first.name} and {different.name}: one learns from objects, the other from segments")
 
     def draw(picture: Image.Image, result: Result) -> Image.Image:
         for task in tasks:
@@ -61,7 +57,7 @@ def join(*tasks: Task) -> Task:
         return _JointEvaluator(tasks, ground_truth, classes, backend)
 
     return replace(
-        first,
+        tasks[0],
         name="+".join(t.name for t in tasks),
         summary="; ".join(t.summary for t in tasks),
         needs=tuple(dict.fromkeys(need for t in tasks for need in t.needs)),
@@ -73,6 +69,7 @@ def join(*tasks: Task) -> Task:
         main_metric="mean",
         finish=finish if any(t.finish for t in tasks) else None,
         save=save if any(t.save for t in tasks) else None,
+        source="panoptic" if any(t.source == "panoptic" for t in tasks) else "instances",
         parts=tasks,
     )
 

@@ -48,14 +48,13 @@ def open_split(task: Task, root: str | Path, split: str, strict: bool = False) -
     Raises:
         DataError: it cannot be read, or files of joint tasks disagree.
     """
-    files = {part.name: find_annotations(root, split, part.needs, part.source) for part in task.parts or (task,)}
-    if len(set(files.values())) == 1:
+    parts = task.parts or (task,)
+    files = {part.name: (find_annotations(root, split, part.needs, part.source), part.source) for part in parts}
+    needs = {file: [need for part in parts if files[part.name] == file for need in part.needs] for file in files.values()}
+    if len(needs) == 1:
         return open_dataset(root, split, task.needs, strict, task.source)
     opened = {
-        file: open_file(
-            Path(root), split, file, [need for part in task.parts if files[part.name] == file for need in part.needs], strict
-        )
-        for file in dict.fromkeys(files.values())
+        (file, source): open_file(Path(root), split, file, wanted, strict, source) for (file, source), wanted in needs.items()
     }
     return unite({name: opened[file] for name, file in files.items()})
 

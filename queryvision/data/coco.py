@@ -138,7 +138,7 @@ def check_same_classes(a: CocoDataset, b: CocoDataset) -> None:
         return
     if mine == theirs:
         raise DataError(
-            f"{a.root}: the keypoints of '{posed[0]}' differ between '{a.split}' and '{b.split}' (names, limbs, pairs or sigmas); "
+            f"{a.root}: '{posed[0]}' has other keypoints in '{a.split}' than in '{b.split}' (names, limbs, pairs or sigmas); "
             "make the categories equal"
         )
     differences = [

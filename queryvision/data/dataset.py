@@ -146,7 +146,9 @@ class CocoDataset:
         if self.maps is None:
             return found
         found.stuff = ~np.asarray(self.classes.things, bool)[found.labels]
-        return found if found.masks is None else select(found, found.has["masks"])  # a segment without a pixel is none
+        if found.masks is None:
+            return found
+        return select(found, found.has["masks"] | ~objects.has["masks"][things])  # a segment without a pixel is none
 
     def segment_map(self, index: int) -> NDArray[Any]:
         """To which segment each pixel of an image belongs; only of panoptic data.

@@ -3,14 +3,17 @@
 COCO keeps the keypoints of people in a file of their own. Here each object has everything that any file says about it, and an
 image covers the classes of the files that list it: one that only the file of people lists says nothing about dogs.
 
+Segments come first: their map says whose every pixel is, so that further objects of the same image are those segments or none.
+
 Letters: n images, a annotations, C classes, K keypoints.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +23,11 @@ from scipy.optimize import linear_sum_assignment
 from queryvision.data.classes import ClassMap
 from queryvision.data.dataset import CocoDataset
 from queryvision.data.packed import ImageTable, Objects, pack
+from queryvision.data.panoptic import SegmentMaps
 from queryvision.errors import ConfigError, DataError
 
-SAME = 0.9
-"""IoU of two files' boxes of one class from which on they are the same object."""
+SAME, SAME_SEGMENT = 0.9, 0.5
+"""IoU of two files' boxes of one class from which on they are the same object; of a segment only what is seen has a box."""
 
 Array = NDArray[Any]
 
@@ -32,7 +36,7 @@ def unite(parts: Mapping[str, CocoDataset]) -> CocoDataset:
     """One data set out of several of the same root and split.
 
     Args:
-        parts: {name: what it is opened as}; objects only, no segments. Parts of one file may be the same data set.
+        parts: {name: what it is opened as}, at most one of them with segments. Several may be the same data set.
 
     Returns:
         All images and objects. Where two files annotate an object (same class, boxes with an IoU of at least 0.9) it is one,
@@ -41,7 +45,7 @@ def unite(parts: Mapping[str, CocoDataset]) -> CocoDataset:
     Raises:
         DataError: the files disagree about a class or an image.
     """
-    whole = reduce(_both, {part.file: part for part in parts.values()}.values())
+    whole = reduce(_both, sorted({id(part): part for part in parts.values()}.values(), key=lambda part: part.maps is None))
     whole.parts = dict(parts)
     return whole
 
@@ -52,18 +56,42 @@ def _both(a: CocoDataset, b: CocoDataset) -> CocoDataset:
     except ConfigError as error:
         raise DataError(f"{a.file.name} and {b.file.name} in {a.root}: {error}") from error
     images, into = _images(a, b, classes)
+    rows = np.concatenate((np.arange(len(a)), np.full(len(images.ids) - len(a), -1)))
+    maps = None if a.maps is None else _SomeMaps(a.maps, rows, images.sizes)
     objects = _objects(
         _relabelled(a, classes), _relabelled(b, classes), np.arange(len(a)).repeat(_counts(a)), into.repeat(_counts(b)),
-        len(images.ids),
+        len(images.ids), None if maps is None else len(a),
     )  # fmt: skip
     categories = {c["id"]: c for c in b.categories} | {c["id"]: c for c in a.categories}
     for category in b.categories:  # what only one of them says, such as keypoints
         categories[category["id"]] = {**category, **categories[category["id"]]}
     return CocoDataset(
         a.root, a.split, a.file, classes, [categories[id_] for id_ in classes.ids], list(dict.fromkeys((*a.needs, *b.needs))),
-        images, objects, [*a.problems, *b.problems], a.num_annotations + b.num_annotations,
+        images, objects, [*a.problems, *b.problems], a.num_annotations + b.num_annotations, maps,
         folders=tuple(dict.fromkeys((*a.folders, *b.folders))),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _SomeMaps:
+    """Maps of some of the images; the others have none, and are void everywhere."""
+
+    maps: SegmentMaps
+    rows: Array  # (n,) int64 which map is that of an image, -1: none
+    sizes: Array  # (n,2) height, width
+
+    @property
+    def folder(self) -> Path | None:
+        return self.maps.folder
+
+    def read(self, index: int) -> Array:
+        return np.zeros(self.sizes[index], np.int32) if self.rows[index] < 0 else self.maps.read(int(self.rows[index]))
+
+    def name(self, index: int) -> str:
+        return "" if self.rows[index] < 0 else self.maps.name(int(self.rows[index]))
+
+    def take(self, images: Array) -> _SomeMaps:
+        return _SomeMaps(self.maps, self.rows[images], self.sizes[images])
 
 
 def _by_id(classes: ClassMap) -> ClassMap:
@@ -113,10 +141,13 @@ def _images(a: CocoDataset, b: CocoDataset, classes: ClassMap) -> tuple[ImageTab
     return table, into
 
 
-def _objects(a: Objects, b: Objects, image_a: Array, image_b: Array, num_images: int) -> Objects:
-    """Objects of both with (a,) their image; what is the same in both becomes one row."""
-    partner = _partners(a, b, image_a, image_b)
-    alone, found = np.flatnonzero(partner < 0), np.flatnonzero(partner >= 0)
+def _objects(a: Objects, b: Objects, image_a: Array, image_b: Array, num_images: int, mapped: int | None) -> Objects:
+    """Objects of both with (a,) their image; what is the same in both becomes one row.
+
+    The first `mapped` images have a map of segments, which no further object is added to; None: there are no maps.
+    """
+    partner = _partners(a, b, image_a, image_b, SAME if mapped is None else SAME_SEGMENT)
+    alone, found = np.flatnonzero((partner < 0) & (image_b >= (mapped or 0))), np.flatnonzero(partner >= 0)
     image = np.concatenate((image_a, image_b[alone]))
     order = np.argsort(image, kind="stable")
 
@@ -134,7 +165,7 @@ def _objects(a: Objects, b: Objects, image_a: Array, image_b: Array, num_images:
             value[len(image_a) :] = wide[alone]
         if mine is not None:
             value[np.flatnonzero(known)] = _padded(mine, sides)[known]
-        return value[order]
+        return np.asarray(value[order])
 
     has: dict[str, Array] = {}
     extra: dict[str, Array] = {}
@@ -192,7 +223,7 @@ def _text(objects: Objects, row: int) -> bytes:
     return objects.segments[objects.segment_ends[row] : objects.segment_ends[row + 1]]
 
 
-def _partners(a: Objects, b: Objects, image_a: Array, image_b: Array) -> Array:
+def _partners(a: Objects, b: Objects, image_a: Array, image_b: Array, least: float) -> Array:
     """(a of b,) the row of a that is the same object; -1: none is."""
     partner = np.full(len(b.ids), -1, np.int64)
     order = np.argsort(image_b, kind="stable")
@@ -202,7 +233,7 @@ def _partners(a: Objects, b: Objects, image_a: Array, image_b: Array) -> Array:
         same = (a.labels[mine, None] == b.labels[theirs]) & (a.crowd[mine, None] == b.crowd[theirs])
         alike = np.where(same, _iou(a.boxes[mine], b.boxes[theirs]), 0)
         rows, columns = linear_sum_assignment(alike, maximize=True)
-        good = alike[rows, columns] >= SAME
+        good = alike[rows, columns] >= least
         partner[theirs[columns[good]]] = mine[rows[good]]
     return partner
 

@@ -6,8 +6,8 @@ Legend: B images, Q queries, T targets, S stages, D width, C classes, k picks.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -236,3 +236,8 @@ class LabelHead(Head):
             return Picks(queries, classes.gather(1, queries), scores)
         scores, index = likely.flatten(1).topk(min(limit, likely[0].numel()), 1)
         return Picks(torch.div(index, self.num_classes, rounding_mode="floor"), index % self.num_classes, scores)
+
+
+def pick_by_labels(heads: Mapping[str, Head], round: Round, limit: int) -> Picks:
+    """The `pick` of a task whose scores are those of its head `labels`."""
+    return cast(LabelHead, heads["labels"]).pick(round, limit)

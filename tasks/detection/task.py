@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from PIL import Image
 
 from queryvision.data.classes import ClassMap
 from queryvision.evaluation.coco import CocoEvaluator, coco_records
-from queryvision.head import Head
 from queryvision.inference.drawing import color_of, draw_boxes
 from queryvision.results import Result
-from queryvision.structures import Picks, Round
 from queryvision.task import Evaluator, HeadSpec, Task
 from queryvision.tasks.detection.boxes import BoxHead
-from queryvision.tasks.detection.labels import LabelHead
+from queryvision.tasks.detection.labels import LabelHead, pick_by_labels
 from queryvision.tasks.detection.models import STEERING
-
-
-def _pick(heads: Mapping[str, Head], round: Round, limit: int) -> Picks:
-    return cast(LabelHead, heads["labels"]).pick(round, limit)
 
 
 def _evaluator(ground_truth: dict[str, Any], classes: ClassMap, backend: str) -> Evaluator:
@@ -45,7 +38,7 @@ TASK = Task(
         "boxes": HeadSpec(BoxHead),
     },
     steering=STEERING,
-    pick=_pick,
+    pick=pick_by_labels,
     evaluator=_evaluator,
     draw=_draw,
     records=_records,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from PIL import Image
@@ -14,18 +14,13 @@ from queryvision.data.classes import ClassMap
 from queryvision.data.skeletons import Skeleton
 from queryvision.errors import DataError
 from queryvision.evaluation.coco import CocoEvaluator
-from queryvision.head import Head, Steering
+from queryvision.head import Steering
 from queryvision.inference.drawing import color_of, draw_boxes, draw_keypoints
 from queryvision.results import Result
-from queryvision.structures import Picks, Round
 from queryvision.task import Evaluator, HeadSpec, Task
 from queryvision.tasks.detection.boxes import BoxHead
-from queryvision.tasks.detection.labels import LabelHead
+from queryvision.tasks.detection.labels import LabelHead, pick_by_labels
 from queryvision.tasks.keypoints.keypoints import KeypointHead
-
-
-def _pick(heads: Mapping[str, Head], round: Round, limit: int) -> Picks:
-    return cast(LabelHead, heads["labels"]).pick(round, limit)
 
 
 class KeypointEvaluator:
@@ -142,7 +137,7 @@ TASK = Task(
         "keypoints": HeadSpec(KeypointHead, ("fit", "skeletons")),
     },
     steering=Steering(rank="labels", first="boxes", later="boxes", quality=("boxes", "keypoints")),
-    pick=_pick,
+    pick=pick_by_labels,
     evaluator=_evaluator,
     draw=_draw,
     records=_records,

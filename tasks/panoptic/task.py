@@ -16,9 +16,9 @@ from queryvision.head import Fit, Head
 from queryvision.inference.drawing import draw_segments, segment_colors
 from queryvision.masks import SegmentMasks
 from queryvision.results import Result
-from queryvision.structures import Picks, Round
+from queryvision.structures import Round
 from queryvision.task import Evaluator, HeadSpec, Task
-from queryvision.tasks.detection.labels import LabelHead
+from queryvision.tasks.detection.labels import LabelHead, pick_by_labels
 from queryvision.tasks.instance.masks import MaskHead
 from queryvision.tasks.instance.task import HEADS as INSTANCE_HEADS
 from queryvision.tasks.instance.task import STEERING
@@ -41,10 +41,6 @@ HEADS = {  # both mask heads are called `masks`: a model has one of them
     "masks": replace(INSTANCE_HEADS["masks"], unless=by_attention),
     "attention_masks": HeadSpec(AttentionMaskHead, unless=by_pixels),
 }
-
-
-def _pick(heads: Mapping[str, Head], round: Round, limit: int) -> Picks:
-    return cast(LabelHead, heads["labels"]).pick(round, limit)
 
 
 def _finish(heads: Mapping[str, Head], round: Round, results: list[Result]) -> list[Result]:
@@ -87,7 +83,7 @@ TASK = Task(
     needs=("labels", "boxes", "masks"),
     heads=HEADS,
     steering=STEERING,
-    pick=_pick,
+    pick=pick_by_labels,
     evaluator=_evaluator,
     draw=_draw,
     records=_records,

@@ -63,3 +63,26 @@ def test_a_union_without_a_preset_takes_those_of_its_parts() -> None:
 def test_data_view_and_trace_know_joint_tasks(drawn_once: Path, tmp_path: Path, call: Call) -> None:
     done = call("data", "view", drawn_once, "--task", TASK, "--image-size", "64", "--count", "2", "-o", tmp_path / "data.png")
     assert done.code == 0 and (tmp_path / "data.png").stat().st_size > 0
+
+
+def test_segments_and_keypoints_in_one_model(drawn_once: Path, tmp_path: Path, call: Call) -> None:
+    folder = queryvision.train(
+        "panoptic+keypoints", data=drawn_once, image_size=64, batch_size=2, steps=2, weights="none", output=tmp_path,
+        settings=["model.backbone=resnet18", "model.width=32", "model.decoder_layers=2", "heads.masks.least=0"],
+    )  # fmt: skip
+    metrics = json.loads((folder / "summary.json").read_text())["metrics"]
+    assert {"mean", "panoptic/PQ", "panoptic/mIoU", "keypoints/AP"} <= set(metrics)
+    done = call("predict", folder / "best.pt", drawn_once / "images", "--output", tmp_path / "out", "--threshold", "0")
+    assert done.code == 0, done
+    assert (tmp_path / "out" / "panoptic.json").is_file()
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert all(("keypoints" in row) == (row["category_id"] == 1) for row in rows) and all("area" in row for row in rows)
+
+
+def test_splits_with_other_keypoints_are_refused(scenes: Path, tmp_path: Path, call: Call) -> None:
+    file = scenes / "annotations" / "person_keypoints_val.json"
+    content = json.loads(file.read_text())
+    content["categories"][0]["sigmas"][0] = 0.5
+    file.write_text(json.dumps(content))
+    done = call("train", "--task", TASK, "--data", scenes, "--steps", "1", "--output", tmp_path / "runs")
+    assert done.code == 2 and "other keypoints" in done.err and not (tmp_path / "runs").exists()

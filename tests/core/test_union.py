@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from queryvision.data.scenes import make_scenes
 from queryvision.errors import DataError
 from queryvision.registry import resolve_task
 from queryvision.splits import open_split
@@ -19,6 +20,11 @@ JOINT = resolve_task("instance+keypoints")
 DOG, PERSON = {"id": 3, "name": "dog"}, {"id": 1, "name": "person"}
 POSED = {**PERSON, "keypoints": ["head", "foot"]}
 SQUARE = [[10, 10, 30, 10, 30, 30, 10, 30]]
+
+
+@pytest.fixture
+def drawn(tmp_path: Path) -> Path:
+    return make_scenes(tmp_path, train=6, val=1, size=64)
 
 
 def row(id_: int, image: int, category: int, box: list[float], **more: Any) -> dict[str, Any]:
@@ -121,3 +127,35 @@ def test_real_files_of_coco(real_data: Callable[[str], Path]) -> None:
     assert max(crowds[1:]) <= crowds[0] <= sum(crowds[1:])
     only_people = np.flatnonzero(data.images.covers.sum(1) == 1)
     assert len(only_people) and set(data.image_ids[only_people]) <= set(parts["keypoints"].image_ids)
+
+
+def test_segments_and_keypoints(drawn: Path) -> None:
+    """Figures of a panoptic map get the keypoints of the other file; nothing is added to a map."""
+    data = open_split(resolve_task("panoptic+keypoints"), drawn, "train")
+    alone = open_split(resolve_task("panoptic"), drawn, "train")
+    posed = open_split(resolve_task("keypoints"), drawn, "train")
+    assert len(data.objects.ids) == len(alone.objects.ids) and data.maps is not None
+    total = 0
+    for index in range(len(data)):
+        found, people = data.annotations(index), posed.annotations(index)
+        assert found.masks is not None and found.stuff is not None and found.keypoints is not None
+        assert (found.masks == alone.annotations(index).masks).all()
+        figures = found.has["keypoints"].any(1)
+        assert not found.stuff[figures].any() and figures.sum() <= len(people.labels)
+        total += int(figures.sum())
+    assert total >= 0.9 * len(posed.objects.ids)
+    assert set(data.ground_truth()["parts"]) == {"panoptic", "keypoints"}
+
+
+def test_an_image_without_a_map_keeps_its_people(drawn: Path) -> None:
+    file = drawn / "annotations" / "panoptic_train.json"
+    content = json.loads(file.read_text())
+    posed = open_split(resolve_task("keypoints"), drawn, "train")
+    gone = posed.image_ids[np.flatnonzero(posed.num_objects)[0]]
+    content["images"] = [r for r in content["images"] if r["id"] != gone]
+    content["annotations"] = [r for r in content["annotations"] if r["image_id"] != gone]
+    file.write_text(json.dumps(content))
+    data = open_split(resolve_task("panoptic+keypoints"), drawn, "train")
+    found = data.annotations(data.image_ids.tolist().index(gone))
+    assert len(found.labels) and found.masks is not None and not found.has["masks"].any()
+    assert found.covers is not None and found.covers.sum() == 1
