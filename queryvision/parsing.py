@@ -35,7 +35,7 @@ def run_app(app: typer.Typer) -> None:
     """Runs the command of this process and ends it; `--debug` shows where an error comes from.
 
     Raises:
-        SystemExit: always; 0, or 2 for a mistake that a user can mend.
+        SystemExit: always; 0, 2 for a mistake that a user can mend, or 128 and a signal's number.
     """
     given = _arguments(sys.argv[1:]) or ["--help"]
     try:
@@ -44,7 +44,7 @@ def run_app(app: typer.Typer) -> None:
         if "--debug" in given:
             traceback.print_exc()
         print(f"qv: {_one_line(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(getattr(error, "code", 2)) from None
 
 
 def _one_line(error: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -246,5 +247,10 @@ def _data_loader(items: Dataset[Any], order: Any, workers: int, pin_memory: bool
 
 
 def _quiet_worker(worker: int) -> None:
-    """One thread a worker: OpenCV's own pool would multiply with the workers, and hangs after a fork."""
+    """One thread a worker: OpenCV's own pool would multiply with the workers, and hangs after a fork.
+
+    Signals are the training process's: a terminal and SLURM send them to all, and it still needs its workers then.
+    """
     cv2.setNumThreads(0)
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)

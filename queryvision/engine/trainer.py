@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from signal import SIGTERM, Signals
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,7 @@ from queryvision.engine.processes import make_accelerator
 from queryvision.engine.progress import LOGGED, Metrics, Progress, check_finite
 from queryvision.engine.randomness import image_generators, random_state, set_random_state
 from queryvision.engine.run_log import RunLog
+from queryvision.engine.stopping import Asked, Stopped, listening
 from queryvision.errors import CheckpointError, ConfigError, QueryVisionError
 from queryvision.model.query_model import QueryModel
 from queryvision.structures import Batch
@@ -81,6 +83,7 @@ class Trainer:
         # Accelerate puts autocast around `forward`; here it stands around the training step, so that evaluation is float32.
         model.__dict__.pop("forward", None)
         self.progress = Progress()
+        self.asked, self.stopping = Asked(), 0  # which signal came, and which one all processes know of
         self.rng: dict[str, Any] | None = None  # of a checkpoint
         self.log: RunLog
 
@@ -90,6 +93,7 @@ class Trainer:
 
         Raises:
             QueryVisionError: the loss is no longer finite, or validation data cannot be read.
+            Stopped: a signal came; the state is saved.
         """
         start = self.progress.step
         self.log = RunLog(self.folder, self.steps, start, self.accelerator.is_main_process)
@@ -101,9 +105,10 @@ class Trainer:
                 self._write(start, {**self.progress.owed, **self._evaluate(start)})
                 self.progress.owed = None
                 self._save()
-            for step in range(start, self.steps):
-                self._step(step, batches)
-                self._after(step + 1)
+            with listening() as self.asked:
+                for step in range(start, self.steps):
+                    self._step(step, batches)
+                    self._after(step + 1)
         finally:
             self.log.close()
         return self.progress
@@ -152,9 +157,11 @@ class Trainer:
             counts = self.criterion.counts(batch.targets, self.plain.group_sizes(batch.targets.counts))
             for key, value in counts.items():
                 total[key] = total.get(key, 0.0) + value
-        if self.accelerator.num_processes > 1:
-            summed = self.accelerator.reduce(torch.tensor(list(total.values()), device=self.accelerator.device), "sum")
-            total = dict(zip(total, summed.tolist(), strict=True))
+        self.stopping = self.asked.number
+        if self.accelerator.num_processes > 1:  # all must stop after the same step
+            mine = torch.tensor([*total.values(), float(self.asked.number)], device=self.accelerator.device)
+            *summed, asked = self.accelerator.reduce(mine, "sum").tolist()
+            total, self.stopping = dict(zip(total, summed, strict=True)), self.asked.number or int(asked > 0) * SIGTERM
         return total
 
     def _report_skipped(self, batch: Batch) -> None:
@@ -167,12 +174,16 @@ class Trainer:
         """Log, evaluate, save; in this order, so that what a checkpoint follows is already written."""
         s, final = self.settings, step == self.steps
         evaluating, saving = (step % every == 0 or final for every in (s.eval_every, s.save_every))
+        alone = self.accelerator.num_processes == 1
+        stopping = 0 if final else self.stopping or (self.asked.number if alone else 0)
         values: Metrics = {}
         if step % s.log_every == 0 or final:
             values = self._read_losses(step)
-        elif evaluating or saving:
+        elif evaluating or saving or stopping:
             check_finite(step, {"loss": float(self.progress.sums["loss"])})
-        if evaluating:
+        if evaluating and stopping:
+            self.progress.owed, values = values, {}  # there may be no time for it now
+        elif evaluating:
             try:
                 values |= self._evaluate(step)
             except QueryVisionError:
@@ -181,8 +192,11 @@ class Trainer:
                 raise
         if values:
             self._write(step, values)
-        if saving:
+        if saving or stopping:
             self._save()
+        if stopping:
+            name = Signals(stopping).name
+            raise Stopped(stopping, f"{name}: stopped after step {step}; go on with: qv train --resume {self.folder}")
 
     def _write(self, step: int, values: Metrics) -> None:
         self.log.row(step, {"epoch": step / self.steps_per_epoch, **values})

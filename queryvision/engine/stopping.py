@@ -1,0 +1,52 @@
+"""SIGINT and SIGTERM end a training after the step at hand, with everything saved."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+from queryvision.errors import QueryVisionError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(QueryVisionError):
+    """A training was asked to stop, and its state is saved.
+
+    Attributes:
+        code: exit code of the process, as shells have it: 128 + the signal's number.
+    """
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.code = 128 + number
+
+
+class Asked:
+    """Which signal came, 0: none; a second one does what it always did."""
+
+    number = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """The handler."""
+        self.number = number
+        for name in SIGNALS:
+            signal.signal(name, signal.default_int_handler if name == signal.SIGINT else signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[Asked]:
+    """Takes note of the signals instead of dying by them; outside of the main thread nothing can be noted."""
+    asked = Asked()
+    try:
+        before = {name: signal.signal(name, asked) for name in SIGNALS}
+    except ValueError:
+        yield asked
+        return
+    try:
+        yield asked
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
