@@ -156,15 +156,20 @@ def load_config(
 
 
 def _chosen(task: str | None, config: str | None, custom: bool) -> tuple[Path | None, dict[str, Any]]:
-    """A preset or a file and what it says. A joint task without a preset takes its first part's and the heads of all."""
+    """A preset or a file and what it says. A joint task without a preset takes its first part's.
+
+    What the others say about heads counts where they have the same architecture.
+    """
     path = find_preset(task, config, custom)
     values = _read(path)
     if path is None and task is not None and "+" in task:
         names = task.split("+")
         path = find_preset(names[0], None, custom)
         values = _read(path)
-        heads = [_read(find_preset(name, None, custom)).get("heads", {}) for name in names]
-        values["heads"] = {name: given for part in reversed(heads) for name, given in part.items()}
+        for name in names[1:]:
+            other = _read(find_preset(name, None, custom))
+            if other.get("model", {}).get("name") == values.get("model", {}).get("name"):
+                values["heads"] = {**other.get("heads", {}), **values.get("heads", {})}
     return path, values
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -40,9 +41,10 @@ def join(*tasks: Task) -> Task:
         return picture
 
     def finish(heads: Mapping[str, Head], round: Round, results: list[Result]) -> list[Result]:
+        raw = results
         for task in tasks:
             results = results if task.finish is None else task.finish(heads, round, results)
-        return results
+        return [replace(result, whole=whole) for result, whole in zip(results, raw, strict=True)]
 
     def save(folder: Path, results: Mapping[str, Result], classes: ClassMap) -> None:
         for task in tasks:
@@ -98,17 +100,25 @@ class _JointEvaluator:
         return [row for part in self.parts for row in part.records]
 
     def add(self, image_id: int, result: Result) -> None:
-        for part, known in zip(self.parts, self.images, strict=True):
+        for task, part, known in zip(self.tasks, self.parts, self.images, strict=True):
             if image_id in known:
-                part.add(image_id, result)
+                part.add(image_id, result if task.finish or result.whole is None else result.whole)
+
+    def save(self, file: Path) -> None:
+        """Writes each task's records into a file of its own, `<stem>_<task>.json`; COCO's tools read one kind at a time."""
+        for task, part in zip(self.tasks, self.parts, strict=True):
+            own = file.with_name(f"{file.stem}_{task.name}{file.suffix}")
+            save = getattr(part, "save", None)
+            if save is None:
+                own.write_text(json.dumps(part.records))
+            else:
+                save(own)
 
     def compute(self) -> dict[str, float]:
         found = [part.compute() for part in self.parts]
-        main = {
-            f"{task.name}/{task.main_metric}": metrics[task.main_metric]
-            for task, metrics in zip(self.tasks, found, strict=True)
-        }
-        whole = {"mean": sum(main.values()) / len(main), **main}  # what people look at first
+        main = {f"{t.name}/{t.main_metric}": m.get(t.main_metric, -1.0) for t, m in zip(self.tasks, found, strict=True)}
+        known = [value for value in main.values() if value >= 0]  # -1: there was nothing to measure
+        whole = {"mean": sum(known) / len(known) if known else -1.0, **main}  # what people look at first
         for task, metrics in zip(self.tasks, found, strict=True):
             whole |= {f"{task.name}/{key}": value for key, value in metrics.items()}
         return whole

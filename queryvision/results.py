@@ -28,6 +28,7 @@ class Result:
     values: Mapping[str, Tensor | MaskSource]  # {field: (k,...)}: boxes (k,4) x1 y1 x2 y2, masks, keypoints (k,K,3)
     path: str = ""
     maps: Mapping[str, Tensor] = field(default_factory=dict)  # of the whole image: semantic (H,W) int64 class index, -1 unknown
+    whole: Result | None = None  # of joint tasks: all objects, before a task made one map of them
 
     def __len__(self) -> int:
         """Number of objects."""
@@ -50,7 +51,8 @@ class Result:
         """The same on the host."""
         values = {name: value.cpu() for name, value in self.values.items()}
         maps = {name: value.cpu() for name, value in self.maps.items()}
-        return replace(self, scores=self.scores.cpu(), labels=self.labels.cpu(), values=values, maps=maps)
+        whole = None if self.whole is None else self.whole.cpu()
+        return replace(self, scores=self.scores.cpu(), labels=self.labels.cpu(), values=values, maps=maps, whole=whole)
 
     def above(self, threshold: float) -> Result:
         """Only the objects with a score of at least `threshold`."""
@@ -64,7 +66,8 @@ class Result:
         """
         if "boxes" not in self.values or most >= 1:
             return self
-        return self._only(nms(self.boxes.float(), self.scores.float(), most))
+        whole = None if self.whole is None else self.whole.without_overlaps(most)
+        return replace(self._only(nms(self.boxes.float(), self.scores.float(), most)), whole=whole)
 
     def _only(self, keep: Tensor) -> Result:
         values = {name: value[keep] for name, value in self.values.items()}

@@ -216,7 +216,7 @@ class CocoDataset:
     def warning(self) -> str | None:
         """One line about what was dropped or is missing, None if all is well."""
         if self.parts:
-            told = {part.file: part.warning() for part in self.parts.values()}
+            told = {id(part): part.warning() for part in self.parts.values()}
             return "; ".join(text for text in told.values() if text) or None
         lines = []
         dropped = Counter(p.kind for p in self.problems if not p.kept)

@@ -45,8 +45,10 @@ def unite(parts: Mapping[str, CocoDataset]) -> CocoDataset:
     Raises:
         DataError: the files disagree about a class or an image.
     """
-    whole = reduce(_both, sorted({id(part): part for part in parts.values()}.values(), key=lambda part: part.maps is None))
-    whole.parts = dict(parts)
+    distinct = sorted({id(part): part for part in parts.values()}.values(), key=lambda part: part.maps is None)
+    whole = reduce(_both, distinct)
+    if len(distinct) > 1:
+        whole.parts = dict(parts)
     return whole
 
 
@@ -55,12 +57,17 @@ def _both(a: CocoDataset, b: CocoDataset) -> CocoDataset:
         classes = _by_id(a.classes.union(b.classes))
     except ConfigError as error:
         raise DataError(f"{a.file.name} and {b.file.name} in {a.root}: {error}") from error
-    images, into = _images(a, b, classes)
-    rows = np.concatenate((np.arange(len(a)), np.full(len(images.ids) - len(a), -1)))
-    maps = None if a.maps is None else _SomeMaps(a.maps, rows, images.sizes)
+    places, into = _places(a, b)
+    maps, mapped = None, np.zeros(places, bool)
+    if a.maps is not None:
+        inner = a.maps if isinstance(a.maps, _SomeMaps) else _SomeMaps(a.maps, np.arange(len(a)), a.sizes)
+        rows = np.concatenate((inner.rows, np.full(places - len(a), -1)))
+        mapped = rows >= 0
+        maps = replace(inner, rows=rows, sizes=np.concatenate((a.sizes, b.sizes[into >= len(a)])))
+    images = _images(a, b, classes, into, mapped)
     objects = _objects(
         _relabelled(a, classes), _relabelled(b, classes), np.arange(len(a)).repeat(_counts(a)), into.repeat(_counts(b)),
-        len(images.ids), None if maps is None else len(a),
+        mapped, maps is not None,
     )  # fmt: skip
     categories = {c["id"]: c for c in b.categories} | {c["id"]: c for c in a.categories}
     for category in b.categories:  # what only one of them says, such as keypoints
@@ -74,7 +81,7 @@ def _both(a: CocoDataset, b: CocoDataset) -> CocoDataset:
 
 @dataclass(frozen=True)
 class _SomeMaps:
-    """Maps of some of the images; the others have none, and are void everywhere."""
+    """Maps of some of the images; in the others every pixel is -1, nobody's."""
 
     maps: SegmentMaps
     rows: Array  # (n,) int64 which map is that of an image, -1: none
@@ -85,7 +92,7 @@ class _SomeMaps:
         return self.maps.folder
 
     def read(self, index: int) -> Array:
-        return np.zeros(self.sizes[index], np.int32) if self.rows[index] < 0 else self.maps.read(int(self.rows[index]))
+        return np.full(self.sizes[index], -1, np.int32) if self.rows[index] < 0 else self.maps.read(int(self.rows[index]))
 
     def name(self, index: int) -> str:
         return "" if self.rows[index] < 0 else self.maps.name(int(self.rows[index]))
@@ -114,8 +121,8 @@ def _relabelled(data: CocoDataset, classes: ClassMap) -> Objects:
     return replace(data.objects, labels=_columns(data, classes)[data.objects.labels])
 
 
-def _images(a: CocoDataset, b: CocoDataset, classes: ClassMap) -> tuple[ImageTable, Array]:
-    """All images, a's first, and (n of b,) where b's are among them.
+def _places(a: CocoDataset, b: CocoDataset) -> tuple[int, Array]:
+    """How many images there are, a's first, and (n of b,) where b's are among them.
 
     Raises:
         DataError: an id is another image in the other file.
@@ -126,28 +133,32 @@ def _images(a: CocoDataset, b: CocoDataset, classes: ClassMap) -> tuple[ImageTab
         if known < len(a) and (a.name(known), *a.sizes[known]) != (b.name(index), *b.sizes[index]):
             told = [f"'{d.name(i)}' ({d.sizes[i, 1]} x {d.sizes[i, 0]}) in {d.file}" for d, i in ((a, known), (b, index))]
             raise DataError(f"image {id_} is {told[0]} and {told[1]}; give each image one id in all files")
-    into = np.array([place[id_] for id_ in b.image_ids.tolist()], np.int64)
+    return len(place), np.array([place[id_] for id_ in b.image_ids.tolist()], np.int64)
+
+
+def _images(a: CocoDataset, b: CocoDataset, classes: ClassMap, into: Array, mapped: Array) -> ImageTable:
+    """All images; of those with a map (n,) only a's classes are covered, as nothing of b's own is added there."""
     new = np.flatnonzero(into >= len(a))
-    covers = np.zeros((len(place), len(classes)), bool)
+    covers = np.zeros((len(mapped), len(classes)), bool)
     for data, rows in ((a, np.arange(len(a))), (b, into)):
         own = np.ones((len(data), len(data.classes)), bool) if data.images.covers is None else data.images.covers
-        covers[rows[:, None], _columns(data, classes)] |= own
-    table = ImageTable(
+        told = own if data is a else own & ~mapped[rows, None]
+        covers[rows[:, None], _columns(data, classes)] |= told
+    return ImageTable(
         np.concatenate((a.image_ids, b.image_ids[new])),
         np.concatenate((a.images.names, b.images.names[new])),
         np.concatenate((a.sizes, b.sizes[new])),
         None if covers.all() else covers,
     )
-    return table, into
 
 
-def _objects(a: Objects, b: Objects, image_a: Array, image_b: Array, num_images: int, mapped: int | None) -> Objects:
+def _objects(a: Objects, b: Objects, image_a: Array, image_b: Array, mapped: Array, drawn: bool) -> Objects:
     """Objects of both with (a,) their image; what is the same in both becomes one row.
 
-    The first `mapped` images have a map of segments, which no further object is added to; None: there are no maps.
+    Some images (n,) have a map of segments, which no further object is added to. With maps (`drawn`), masks are only theirs.
     """
-    partner = _partners(a, b, image_a, image_b, SAME if mapped is None else SAME_SEGMENT)
-    alone, found = np.flatnonzero((partner < 0) & (image_b >= (mapped or 0))), np.flatnonzero(partner >= 0)
+    partner = _partners(a, b, image_a, image_b, np.where(mapped, SAME_SEGMENT, SAME))
+    alone, found = np.flatnonzero((partner < 0) & ~mapped[image_b]), np.flatnonzero(partner >= 0)
     image = np.concatenate((image_a, image_b[alone]))
     order = np.argsort(image, kind="stable")
 
@@ -171,6 +182,7 @@ def _objects(a: Objects, b: Objects, image_a: Array, image_b: Array, num_images:
     extra: dict[str, Array] = {}
     for key in dict.fromkeys((*a.has, *b.has)):
         mine, theirs = (o.has.get(key, np.zeros(len(o.ids), bool)) for o in (a, b))
+        theirs = theirs & ~(drawn and key == "masks")
         known = np.concatenate((mine, theirs[alone]))
         known[partner[found]] |= theirs[found]
         has[key] = known[order]
@@ -182,7 +194,7 @@ def _objects(a: Objects, b: Objects, image_a: Array, image_b: Array, num_images:
         keypoints = merged(a.keypoints, b.keypoints, posed)
     segments, ends = _segments(a, b, partner, order, alone)
     return Objects(
-        offsets=np.concatenate([[0], np.cumsum(np.bincount(image, minlength=num_images))]).astype(np.int64),
+        offsets=np.concatenate([[0], np.cumsum(np.bincount(image, minlength=len(mapped)))]).astype(np.int64),
         rows=joined(a.rows, b.rows),
         ids=joined(a.ids, b.ids),
         labels=joined(a.labels, b.labels),
@@ -223,7 +235,7 @@ def _text(objects: Objects, row: int) -> bytes:
     return objects.segments[objects.segment_ends[row] : objects.segment_ends[row + 1]]
 
 
-def _partners(a: Objects, b: Objects, image_a: Array, image_b: Array, least: float) -> Array:
+def _partners(a: Objects, b: Objects, image_a: Array, image_b: Array, least: Array) -> Array:
     """(a of b,) the row of a that is the same object; -1: none is."""
     partner = np.full(len(b.ids), -1, np.int64)
     order = np.argsort(image_b, kind="stable")
@@ -232,8 +244,9 @@ def _partners(a: Objects, b: Objects, image_a: Array, image_b: Array, least: flo
         theirs = order[slice(*np.searchsorted(image_b, (image, image + 1), sorter=order))]
         same = (a.labels[mine, None] == b.labels[theirs]) & (a.crowd[mine, None] == b.crowd[theirs])
         alike = np.where(same, _iou(a.boxes[mine], b.boxes[theirs]), 0)
+        alike[alike < least[image]] = 0
         rows, columns = linear_sum_assignment(alike, maximize=True)
-        good = alike[rows, columns] >= least
+        good = alike[rows, columns] > 0
         partner[theirs[columns[good]]] = mine[rows[good]]
     return partner
 

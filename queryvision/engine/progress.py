@@ -26,7 +26,7 @@ class Progress:
     skipped: int = 0  # unreadable images met
     sums: dict[str, Tensor] = field(default_factory=dict)  # losses since the last line of the log
     summed: int = 0  # steps in them
-    owed: Metrics | None = None  # losses of a step whose evaluation failed: it is made up for on resuming
+    owed: Metrics | None = None  # losses of a step whose evaluation did not end: it is made up for on resuming
 
     def add(self, losses: Mapping[str, Tensor]) -> None:
         """Adds losses of a micro-batch up, without reading them."""
@@ -36,12 +36,16 @@ class Progress:
 
     def means(self, accelerator: Accelerator) -> Metrics:
         """Mean losses a step since the last time; here the host waits for them."""
-        names = list(self.sums)
-        means = torch.stack([self.sums[name] for name in names]) / self.summed
-        if accelerator.num_processes > 1:  # each rank has its share of losses divided by the counts of all
-            means = accelerator.reduce(means, "sum")
+        sums, count = self.shared(accelerator), self.summed
         self.sums, self.summed = {}, 0
-        return {n if n == "loss" else f"loss/{n}": value for n, value in zip(names, means.tolist(), strict=True)}
+        means = (torch.stack(list(sums.values())) / count).tolist()
+        return {n if n == "loss" else f"loss/{n}": value for n, value in zip(sums, means, strict=True)}
+
+    def shared(self, accelerator: Accelerator) -> dict[str, Tensor]:
+        """The sums of all processes: each has its share of losses divided by the counts of all."""
+        if accelerator.num_processes == 1 or not self.sums:
+            return self.sums
+        return dict(zip(self.sums, accelerator.reduce(torch.stack(list(self.sums.values())), "sum"), strict=True))
 
 
 def check_finite(step: int, values: Metrics) -> None:

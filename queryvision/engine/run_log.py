@@ -22,11 +22,12 @@ class RunLog:
     Args:
         folder: of the run.
         steps: of the whole run, for the progress bar.
-        start: first step; later rows of an interrupted run are dropped.
+        start: first step.
         active: whether this rank writes.
+        written: the last step whose row is kept of an interrupted run; None: `start`.
     """
 
-    def __init__(self, folder: Path, steps: int, start: int = 0, active: bool = True) -> None:
+    def __init__(self, folder: Path, steps: int, start: int = 0, active: bool = True, written: int | None = None) -> None:
         self.folder, self.steps, self.active = folder, steps, active
         self.path = folder / "metrics.csv"
         self.console = Console()
@@ -35,8 +36,8 @@ class RunLog:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
-        kept = _read_rows(self.path, start) if start else []
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+        kept = _read_rows(self.path, start if written is None else written) if start else []
         self.columns = list(dict.fromkeys(key for row in kept for key in row)) or ["step"]
         self._write_csv(kept)
         self.began, self.first, self.images = time.perf_counter(), start, 0

@@ -25,15 +25,14 @@ class Stopped(QueryVisionError):
 
 
 class Asked:
-    """Which signal came, 0: none; a second one does what it always did."""
+    """Which signal came, 0: none. After it Ctrl-C ends the process at once; SIGTERM, which launchers repeat, does nothing."""
 
     number = 0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """The handler."""
-        self.number = number
-        for name in SIGNALS:
-            signal.signal(name, signal.default_int_handler if name == signal.SIGINT else signal.SIG_DFL)
+        self.number = self.number or number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ so accumulation is done here (Accelerate would divide again) and the loss is mul
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from queryvision.engine.progress import LOGGED, Metrics, Progress, check_finite
 from queryvision.engine.randomness import image_generators, random_state, set_random_state
 from queryvision.engine.run_log import RunLog
 from queryvision.engine.stopping import Asked, Stopped, listening
-from queryvision.errors import CheckpointError, ConfigError, QueryVisionError
+from queryvision.errors import CheckpointError, ConfigError
 from queryvision.model.query_model import QueryModel
 from queryvision.structures import Batch
 
@@ -96,7 +97,8 @@ class Trainer:
             Stopped: a signal came; the state is saved.
         """
         start = self.progress.step
-        self.log = RunLog(self.folder, self.steps, start, self.accelerator.is_main_process)
+        written = start if self.progress.owed is None else start - 1
+        self.log = RunLog(self.folder, self.steps, start, self.accelerator.is_main_process, written)
         batches = self.batches(start * self.settings.accumulate)
         # After the loader, which draws from the global generator when it starts.
         set_random_state(self.rng, self.accelerator.device, self.settings.seed, self.accelerator.process_index, start)
@@ -157,11 +159,11 @@ class Trainer:
             counts = self.criterion.counts(batch.targets, self.plain.group_sizes(batch.targets.counts))
             for key, value in counts.items():
                 total[key] = total.get(key, 0.0) + value
-        self.stopping = self.asked.number
+        self.stopping = number = self.asked.number
         if self.accelerator.num_processes > 1:  # all must stop after the same step
-            mine = torch.tensor([*total.values(), float(self.asked.number)], device=self.accelerator.device)
+            mine = torch.tensor([*total.values(), float(number)], device=self.accelerator.device)
             *summed, asked = self.accelerator.reduce(mine, "sum").tolist()
-            total, self.stopping = dict(zip(total, summed, strict=True)), self.asked.number or int(asked > 0) * SIGTERM
+            total, self.stopping = dict(zip(total, summed, strict=True)), number or int(asked > 0) * SIGTERM
         return total
 
     def _report_skipped(self, batch: Batch) -> None:
@@ -181,20 +183,18 @@ class Trainer:
             values = self._read_losses(step)
         elif evaluating or saving or stopping:
             check_finite(step, {"loss": float(self.progress.sums["loss"])})
-        if evaluating and stopping:
-            self.progress.owed, values = values, {}  # there may be no time for it now
-        elif evaluating:
-            try:
+        if evaluating:
+            self.progress.owed = values
+            self._save()  # whatever happens meanwhile, the steps so far are not lost
+            if not stopping:  # then there may be no time for it
                 values |= self._evaluate(step)
-            except QueryVisionError:
-                self.progress.owed = values
-                self._save()  # the steps so far are not lost
-                raise
-        if values:
+                self.progress.owed = None
+        if values and self.progress.owed is None:
             self._write(step, values)
-        if saving or stopping:
+        if saving or (stopping and not evaluating):
             self._save()
         if stopping:
+            self.accelerator.wait_for_everyone()  # a launcher ends the others as soon as one has ended
             name = Signals(stopping).name
             raise Stopped(stopping, f"{name}: stopped after step {step}; go on with: qv train --resume {self.folder}")
 
@@ -216,7 +216,7 @@ class Trainer:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             metrics = self.evaluate(model)
         value = metrics.get(self.main_metric, 0.0)
-        if self.progress.best is None or value > self.progress.best:
+        if self.progress.best is None or value > self.progress.best or math.isnan(self.progress.best):
             self.progress.best, self.progress.best_metrics = value, metrics
             if self.accelerator.is_main_process:
                 save_checkpoint(
@@ -229,6 +229,7 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ checkpoints
     def _save(self) -> None:
+        sums = self.progress.shared(self.accelerator)
         if not self.accelerator.is_main_process:
             return
         p = self.progress
@@ -239,7 +240,7 @@ class Trainer:
             "step": p.step,
             "metrics": p.best_metrics,
             "rng": random_state(self.accelerator.device),
-            "log": {key: getattr(p, key) for key in LOGGED},
+            "log": {**{key: getattr(p, key) for key in LOGGED}, "sums": sums},
         }
         if self.accelerator.scaler is not None:
             content["scaler"] = self.accelerator.scaler.state_dict()
@@ -273,5 +274,6 @@ class Trainer:
         if state["step"] > self.steps:
             raise ConfigError(f"{path}: the run is already at step {state['step']}; --steps {self.steps} must be at least that")
         self.progress = Progress(step=state["step"], best_metrics=state["metrics"], **state["log"])
-        self.progress.sums = {key: value.to(self.accelerator.device) for key, value in self.progress.sums.items()}
+        share = float(self.accelerator.is_main_process)  # they are those of all processes
+        self.progress.sums = {key: share * value.to(self.accelerator.device) for key, value in self.progress.sums.items()}
         self.rng = state["rng"]

@@ -159,3 +159,32 @@ def test_an_image_without_a_map_keeps_its_people(drawn: Path) -> None:
     found = data.annotations(data.image_ids.tolist().index(gone))
     assert len(found.labels) and found.masks is not None and not found.has["masks"].any()
     assert found.covers is not None and found.covers.sum() == 1
+
+
+@pytest.mark.parametrize("task", ["panoptic+instance", "panoptic+instance+keypoints"])
+def test_objects_of_images_without_a_map_stay(task: str, drawn: Path) -> None:
+    file = drawn / "annotations" / "panoptic_train.json"
+    content = json.loads(file.read_text())
+    objects = open_split(resolve_task("instance"), drawn, "train")
+    gone = objects.image_ids[np.flatnonzero(objects.num_objects > 1)[0]]
+    for key, name in (("images", "id"), ("annotations", "image_id")):
+        content[key] = [r for r in content[key] if r[name] != gone]
+    file.write_text(json.dumps(content))
+    data = open_split(resolve_task(task), drawn, "train")
+    found = data.annotations(data.image_ids.tolist().index(gone))
+    alone = objects.annotations(objects.image_ids.tolist().index(gone))
+    assert sorted(found.labels.tolist()) == sorted(alone.labels.tolist()) and not found.has["masks"].any()
+    assert found.masks is not None and not found.masks.any()
+
+
+def test_classes_that_a_map_does_not_know_are_not_background_there(drawn: Path) -> None:
+    """Figures are called people in the other file: nothing is added to a map, so nobody knows where people are."""
+    for file in (drawn / "annotations").glob("person_keypoints_*.json"):
+        content = json.loads(file.read_text())
+        content["categories"][0] |= {"id": 77, "name": "person"}
+        content["categories"] = content["categories"][:1]
+        content["annotations"] = [{**r, "category_id": 77} for r in content["annotations"]]
+        file.write_text(json.dumps(content))
+    data = open_split(resolve_task("panoptic+keypoints"), drawn, "train")
+    covers = data.annotations(0).covers
+    assert covers is not None and not covers[data.classes.index_of_name["person"]] and covers.sum() == len(covers) - 1

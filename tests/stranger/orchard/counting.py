@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from queryvision.data.classes import ClassMap
-from queryvision.evaluation.coco import CocoEvaluator
+from queryvision.evaluation.coco import CocoEvaluator, category_ids
 from queryvision.head import Fit, Head, View
 from queryvision.inference.drawing import color_of, draw_boxes
 from queryvision.layers.mlp import MLP
@@ -51,13 +51,13 @@ class CountHead(Head):
 
     def cost(self, round: Round, targets: Targets, generators: Sequence[torch.Generator] | None) -> Tensor:
         """|difference of logarithms| of all pairs, (S,B,Q,T); 0 where nothing is annotated."""
-        found, wanted = round.answers[self.name]["log"], targets[self.name].log1p()
+        found, wanted = round.answers[self.name]["log"], targets[self.name].clamp(min=0).log1p()
         distance = (found[..., None] - wanted[None, :, None]).abs()
         return targets.only_known(self.weight_in_matching * distance, self.name)
 
     def loss(self, round: Round, match: Match, targets: Targets, facts: Facts) -> dict[str, Tensor]:
         """{"distance": (S,)}."""
-        found, wanted = match.predicted(round.answers[self.name]["log"]), match.wanted(targets[self.name]).log1p()
+        found, wanted = match.predicted(round.answers[self.name]["log"]), match.wanted(targets[self.name]).clamp(min=0).log1p()
         known = match.wanted(targets.has[self.name])
         distance = F.smooth_l1_loss(found, wanted, beta=0.1, reduction="none") * known
         return {"distance": match.sum_per_stage(distance / facts.normaliser)}
@@ -72,10 +72,10 @@ class CountEvaluator:
 
     def __init__(self, ground_truth: dict[str, Any], classes: ClassMap, backend: Any) -> None:
         self.boxes = CocoEvaluator(ground_truth, classes, "bbox", backend=backend)
-        self.classes = classes
+        self.own = category_ids(classes, ground_truth)  # class of the model -> category of the ground truth, by name
         self.wanted: dict[int, list[dict[str, Any]]] = {}
         for row in ground_truth["annotations"]:
-            if row.get("count") is not None and not row["iscrowd"]:
+            if isinstance(row.get("count"), int | float) and not row["iscrowd"]:
                 self.wanted.setdefault(row["image_id"], []).append(row)
         self.right: list[bool] = []
         self.records: list[dict[str, Any]] = []
@@ -86,7 +86,9 @@ class CountEvaluator:
         self.records += records(result, image_id)
         for row in self.wanted.get(image_id, []):
             x, y, width, height = row["bbox"]
-            same = torch.tensor([self.classes.ids[label] == row["category_id"] for label in result.labels], dtype=torch.bool)
+            same = torch.tensor(
+                [self.own.get(label) == row["category_id"] for label in result.labels.tolist()], dtype=torch.bool
+            )
             there = box_iou(torch.tensor([[x, y, x + width, y + height]]).float(), result.boxes)[0] >= 0.5
             best = (same & there).nonzero()[:1, 0]  # results come best first
             self.right.append(bool(((result.counts[best] - row["count"]).abs() <= 0.5).any()))
