@@ -182,7 +182,7 @@ def _objects(a: Objects, b: Objects, image_a: Array, image_b: Array, mapped: Arr
     extra: dict[str, Array] = {}
     for key in dict.fromkeys((*a.has, *b.has)):
         mine, theirs = (o.has.get(key, np.zeros(len(o.ids), bool)) for o in (a, b))
-        theirs = theirs & ~(drawn and key == "masks")
+        theirs = theirs & (not drawn or key != "masks")
         known = np.concatenate((mine, theirs[alone]))
         known[partner[found]] |= theirs[found]
         has[key] = known[order]

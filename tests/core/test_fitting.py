@@ -16,14 +16,16 @@ from queryvision.fitting import fit_to_data
 from queryvision.registry import resolve_task
 
 
-def data(side: float, size: tuple[int, int], most: int = 5, crowd: float | None = None) -> Any:
+def data(side: float, size: tuple[int, int], most: int = 5, crowd: float | None = None, thing: bool = True) -> Any:
     """Images of one size, 20 objects of one side in each; `crowd`: the side of further crowd regions."""
     extents = [side] * 20 + ([] if crowd is None else [crowd] * 20)
     boxes = np.array([[0, 0, e, e] for e in extents] * 3, np.float32)
     crowds = np.array(([False] * 20 + ([] if crowd is None else [True] * 20)) * 3)
     offsets = np.arange(4) * len(extents)
-    objects = SimpleNamespace(boxes=boxes, crowd=crowds, offsets=offsets)
-    return SimpleNamespace(objects=objects, sizes=np.array([size] * 3), max_objects=most)
+    labels = np.full(len(boxes), 0 if thing else 1)
+    objects = SimpleNamespace(boxes=boxes, crowd=crowds, offsets=offsets, labels=labels)
+    classes = SimpleNamespace(things=(True, False))
+    return SimpleNamespace(objects=objects, classes=classes, sizes=np.array([size] * 3), max_objects=most)
 
 
 def config(**data: Any) -> Config:
@@ -44,6 +46,11 @@ def test_image_size(side: float, size: tuple[int, int], wanted: int) -> None:
     chosen, lines = fit_to_data(config(), data(side, size))
     assert chosen.data.image_size == chosen.data.side == wanted
     assert f"image size {wanted} px" in lines[0]
+
+
+def test_stuff_has_no_size() -> None:
+    chosen, lines = fit_to_data(config(), data(5, (480, 640), thing=False))
+    assert chosen.data.side == 256 and lines[0] == "image size 256 px"
 
 
 def test_crowds_are_not_asked() -> None:
