@@ -36,7 +36,8 @@ def _resolve_one(name: str) -> Task:
         raise unknown from error
     if not isinstance(getattr(module, "TASK", None), Task):
         raise ConfigError(f"module '{path}' holds no TASK (a queryvision.task.Task)")
-    return replace(module.TASK, name=name)  # what a checkpoint says must lead back here
+    task: Task = replace(module.TASK, name=name)  # what a checkpoint says must lead back here
+    return task
 
 
 def task_names() -> list[str]:

@@ -164,7 +164,7 @@ def _objects(a: Objects, b: Objects, image_a: Array, image_b: Array, mapped: Arr
 
     def joined(mine: Array, theirs: Array) -> Array:
         """A column of both; what is the same takes a's."""
-        return np.concatenate((mine, theirs[alone]))[order]
+        return np.asarray(np.concatenate((mine, theirs[alone]))[order])
 
     def merged(mine: Array | None, theirs: Array | None, known: Array) -> Array:
         """A column that only one may have; what is the same takes a's where that is known, (a,) bool."""
