@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import sys
 import time
@@ -101,7 +102,8 @@ class RunLog:
         if self.progress is not None:
             self.progress.stop()
         self.board.close()
-        draw_curves(_read_rows(self.path), self.folder / "curves.png")
+        with contextlib.suppress(OSError):  # a folder that is gone or full: what was to be saved there has said so
+            draw_curves(_read_rows(self.path), self.folder / "curves.png")
         sys.stdout.flush()
 
     def _write_csv(self, rows: list[dict[str, str]]) -> None:

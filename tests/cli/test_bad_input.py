@@ -594,3 +594,19 @@ def test_resume_with_something_else_spoils_nothing(refused: Refused, run_copy: P
 def test_flags_count_when_a_named_run_is_resumed(call: Call, run_copy: Path) -> None:
     done = call("train", "--resume", run_copy, "--steps", "13")
     assert done.code == 0 and load_checkpoint(run_copy / "last.pt")["step"] == 13, done
+
+
+def test_a_run_folder_that_vanishes_is_one_line(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Any
+) -> None:
+    from queryvision.engine.trainer import Trainer
+
+    step = Trainer._step
+
+    def vanish(self: Trainer, *words: Any) -> None:
+        step(self, *words)
+        shutil.rmtree(self.folder)
+
+    monkeypatch.setattr(Trainer, "_step", vanish)
+    words = ("train", "--task", "detection", "--data", scenes, *TINY, "--steps", "3", "--output", tmp_path / "runs")
+    refused(*words, "--set", "train.save_every=1", says=("cannot write", "last.pt"))
