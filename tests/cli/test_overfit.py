@@ -16,15 +16,19 @@ SMALL = [
 MASKS = ["heads.masks.points=200"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "wanted", "settings"),
     [
         ("detection", {"AP50": 0.9}, []),
-        ("instance", {"AP50": 0.9, "box_AP50": 0.9}, MASKS),
-        ("panoptic", {"PQ": 0.8}, MASKS),
-        ("keypoints", {"AP50": 0.9}, ["data.skip_empty=true"]),
-        ("instance+keypoints", {"instance/AP50": 0.9, "keypoints/AP50": 0.9}, [*MASKS, "data.skip_empty=true"]),
+        pytest.param("instance", {"AP50": 0.9, "box_AP50": 0.9}, MASKS, marks=pytest.mark.slow),
+        pytest.param("panoptic", {"PQ": 0.8}, MASKS, marks=pytest.mark.slow),
+        pytest.param("keypoints", {"AP50": 0.9}, ["data.skip_empty=true"], marks=pytest.mark.slow),
+        pytest.param(
+            "instance+keypoints",
+            {"instance/AP50": 0.9, "keypoints/AP50": 0.9},
+            [*MASKS, "data.skip_empty=true"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_eight_images_are_learned_by_heart(task: str, wanted: dict[str, float], settings: list[str], tmp_path: Path) -> None:
