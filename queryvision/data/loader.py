@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -75,7 +77,9 @@ class Loader(Generic[T]):
         Raises:
             DataError: an image or an annotation is wrong.
         """
-        for item in self.loader:
+        items = iter(self.loader)
+        _WORKERS.update(getattr(items, "_workers", ()))
+        for item in items:
             if isinstance(item, DataError):
                 raise item
             yield item
@@ -254,3 +258,13 @@ def _quiet_worker(worker: int) -> None:
     cv2.setNumThreads(0)
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
+
+
+_WORKERS: weakref.WeakSet[Any] = weakref.WeakSet()  # processes that do not listen to SIGTERM
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Ends them with the interpreter; `multiprocessing`, which would ask by SIGTERM and then wait for ever, comes after."""
+    for worker in _WORKERS:
+        worker.kill()

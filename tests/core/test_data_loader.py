@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -240,3 +244,12 @@ def test_evaluation_sees_every_image_once_and_never_pads(workers: int) -> None:
 def test_evaluation_refuses_unreadable_images() -> None:
     with pytest.raises(DataError, match="^4.png: broken$"):
         list(evaluation_loader(Painted(broken=(4,)), evaluation_transform(32), 3, (), 3, workers=1))
+
+
+def test_a_process_ends_with_its_workers_alive() -> None:
+    """They ignore SIGTERM, by which `multiprocessing` would end them before it waits for them."""
+    code = "from test_data_loader import *; Loop = train_loader(Painted(), training_transform('none', 32), 3, (), " \
+           "Painted().plan(), workers=2); loop = iter(Loop); next(loop)"  # fmt: skip
+    folders = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": folders}
+    subprocess.run([sys.executable, "-c", code], env=environment, timeout=60, check=True)
