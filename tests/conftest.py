@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests run side by side, and tiny tensors want no company
+
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from samples import targets_of
 
 from queryvision.structures import Targets
@@ -26,15 +28,6 @@ def real_data() -> Callable[[str], Path]:
         return path
 
     return find
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """PyTorch on one thread: for tiny tensors, more of them only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -10,31 +10,40 @@ import pytest
 import queryvision
 
 SMALL = [
-    "data.limit=8", "data.augmentation=none", "data.copy_blend=0", "train.ema=0.9", "evaluation.pictures=0",
-    "model.num_queries=30", "model.denoising=20", "train.warmup=20",
-]  # fmt: skip
+    "data.limit=8",
+    "data.augmentation=none",
+    "data.copy_blend=0",
+    "train.ema=0.9",
+    "evaluation.pictures=0",
+    "train.warmup=20",
+]
 MASKS = ["heads.masks.points=200"]
+FEW, SOME = (["model.num_queries=20", "model.denoising=10"], ["model.num_queries=30", "model.denoising=20"])
+FIGURES = ["data.skip_empty=true"]
 
 
 @pytest.mark.parametrize(
-    ("task", "wanted", "settings"),
+    ("task", "wanted", "steps", "side", "settings"),
     [
-        ("detection", {"AP50": 0.9}, []),
-        pytest.param("instance", {"AP50": 0.9, "box_AP50": 0.9}, MASKS, marks=pytest.mark.slow),
-        pytest.param("panoptic", {"PQ": 0.8}, MASKS, marks=pytest.mark.slow),
-        pytest.param("keypoints", {"AP50": 0.9}, ["data.skip_empty=true"], marks=pytest.mark.slow),
+        ("detection", {"AP50": 0.9}, 120, 64, FEW),
+        ("instance", {"AP50": 0.9, "box_AP50": 0.9}, 100, 64, [*FEW, *MASKS]),
+        ("keypoints", {"AP50": 0.9}, 110, 64, [*FIGURES, "model.num_queries=10", "model.denoising=6"]),
+        pytest.param("panoptic", {"PQ": 0.8}, 200, 96, [*SOME, *MASKS], marks=pytest.mark.slow),
         pytest.param(
             "instance+keypoints",
             {"instance/AP50": 0.9, "keypoints/AP50": 0.9},
-            [*MASKS, "data.skip_empty=true"],
+            200,
+            96,
+            [*SOME, *MASKS, *FIGURES],
             marks=pytest.mark.slow,
         ),
     ],
 )
-def test_eight_images_are_learned_by_heart(task: str, wanted: dict[str, float], settings: list[str], tmp_path: Path) -> None:
-    steps = 200
+def test_eight_images_are_learned_by_heart(
+    task: str, wanted: dict[str, float], steps: int, side: int, settings: list[str], tmp_path: Path
+) -> None:
     folder = queryvision.train(
-        task, steps=steps, batch_size=4, lr=1e-3, image_size=96, output=tmp_path,
+        task, steps=steps, batch_size=4, lr=1e-3, image_size=side, output=tmp_path,
         settings=[*SMALL, *settings, f"train.eval_every={steps}", f"train.save_every={steps}"],
     )  # fmt: skip
     metrics = json.loads((folder / "summary.json").read_text())["metrics"]

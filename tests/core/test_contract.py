@@ -26,7 +26,6 @@ from queryvision.model import builders
 from queryvision.model.builders import dense
 from queryvision.tasks.detection import BoxHead, LabelHead
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 LAZY = {"decoder.layers.0.self_attn.in_proj_weight"}  # DETR's first layer attends over states that are all zero
 
 

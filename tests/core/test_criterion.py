@@ -26,7 +26,6 @@ from queryvision.head import Steering
 from queryvision.matching import match
 from queryvision.structures import Features, ImageBatch, Match, Outputs, Targets
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 LOSSES = ("softmax", "focal", "varifocal", "mal")
 HEADS = {loss: {head.name: head for head in detection_heads(loss)} for loss in LOSSES}
 both_losses = pytest.mark.parametrize("loss", LOSSES)

@@ -20,8 +20,6 @@ from queryvision.ops import boxes as box_ops
 from queryvision.ops.losses import sigmoid_focal, sigmoid_focal_cost
 from queryvision.structures import Memory
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-6) -> None:
     torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)

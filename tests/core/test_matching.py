@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import permutations
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +14,6 @@ from toys import CostHead, Witness, make_round, make_targets
 from queryvision.matching import assign, match, unite
 from queryvision.structures import FREE, NONE, VOID
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 INF, NAN = float("inf"), float("nan")
 
 

@@ -19,8 +19,6 @@ from queryvision.errors import CheckpointError, ConfigError
 from queryvision.model.query_model import QueryModel
 from queryvision.structures import Batch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class NormedBackbone(TinyBackbone):
     """With live batch norm behind its first convolution."""

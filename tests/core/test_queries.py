@@ -28,7 +28,6 @@ from queryvision.model.queries import Carried, carry
 from queryvision.structures import FREE, NONE, VOID, Features, QueryGroup
 from queryvision.tasks.detection import BoxHead, LabelHead
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 STEERING = Steering(rank="labels", first="boxes", later="boxes", quality=("boxes",))
 
 

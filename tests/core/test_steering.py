@@ -27,8 +27,6 @@ from queryvision.structures import Features
 from queryvision.task import HeadSpec, Task
 from queryvision.tasks.detection import BoxHead, LabelHead
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-6) -> None:
     torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)

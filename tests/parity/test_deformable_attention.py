@@ -15,8 +15,6 @@ import queryvision.ops.sampling as sampling
 from queryvision.layers.deformable import DeformableAttention
 from queryvision.ops.sampling import Shapes, sample_by_grid, sample_by_rows
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SHAPES: Shapes = ((5, 9), (4, 3), (1, 6), (1, 1))
 NUM_VALUES = sum(h * w for h, w in SHAPES)
 WAYS = {"rows, few queries": 7, "rows, many queries": 40, "grid": 7}

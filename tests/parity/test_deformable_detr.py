@@ -30,8 +30,6 @@ from queryvision.tasks.detection.models import STEERING
 from queryvision.weights import deformable_detr as reader
 from queryvision.weights.reading import fill
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 VARIANTS = {"base": (False, False), "refine": (True, False), "two_stage": (True, True)}
 
 

@@ -49,7 +49,6 @@ from queryvision.weights import dfine as reader
 from queryvision.weights import reading
 from queryvision.weights.reading import fill
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 WIDER = {"encoder_hidden_dim": 48, "decoder_in_channels": [48] * 3, "reg_scale": 8.0, "up": 0.4, "max_num_bins": 16}
 
 

@@ -29,8 +29,6 @@ from queryvision.tasks.detection import dino_r50 as named_r50
 from queryvision.weights import dino as reader
 from queryvision.weights.reading import fill
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 # ---------------------------------------------------------------------------------------------------- the reference
 def entering(model: QueryModel) -> list[Queries]:

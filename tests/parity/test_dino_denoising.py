@@ -19,8 +19,6 @@ from queryvision.structures import NONE, VOID, Queries, Targets
 from queryvision.tasks.detection import BoxHead, LabelHead
 from queryvision.tasks.detection.models import STEERING
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_denoising_changes_neither_answers_nor_losses_of_the_main_queries() -> None:
     model, images, targets = ours(), padded_batch(96, 160), targets_of([[1, 4, 2], [3]])

@@ -66,7 +66,6 @@ from queryvision.weights import dfine, reading, trunks
 from queryvision.weights import rtdetrv2 as reader
 from queryvision.weights.reading import fill
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 WIDER = {"encoder_hidden_dim": 48, "decoder_in_channels": [48] * 3}
 
 
