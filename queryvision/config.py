@@ -76,6 +76,7 @@ class TrainSettings(Settings):
     weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay")
     norm_decay: bool = Field(False, description="whether weights and biases of norms decay, too, as in the published DETR")
     clip: float = Field(0.1, ge=0, description="largest norm of the gradient; 0: no clipping")
+    bad_steps: int = Field(5, ge=1, description="steps in a row without finite losses and gradients that end a run")
     schedule: Literal["cosine", "step", "flat"] = Field("cosine", description="after warm-up: flat, then cosine; step; flat")
     warmup: int = Field(100, ge=0, description="steps over which the learning rate rises from 0")
     flat: float = Field(0.5, ge=0, le=1, description="cosine: share of all steps before the learning rate falls")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-
-from queryvision.errors import QueryVisionError
 
 Metrics = dict[str, float]
 
@@ -25,19 +22,23 @@ class Progress:
     best_metrics: Metrics = field(default_factory=dict)
     skipped: int = 0  # unreadable images met
     sums: dict[str, Tensor] = field(default_factory=dict)  # losses since the last line of the log
-    summed: int = 0  # steps in them
+    summed: Tensor | int = 0  # steps in them
+    in_row: int = 0  # steps left out just before
     owed: Metrics | None = None  # losses of a step whose evaluation did not end: it is made up for on resuming
 
-    def add(self, losses: Mapping[str, Tensor]) -> None:
-        """Adds losses of a micro-batch up, without reading them."""
+    def add(self, losses: Mapping[str, Tensor], bad: Tensor) -> None:
+        """Adds losses of a step up, without reading them, unless it is left out (`bad` is 1)."""
         for key, value in losses.items():
-            known = self.sums.get(key)
-            self.sums[key] = value if known is None else known + value
+            value = torch.where(bad > 0, 0.0, value)
+            self.sums[key] = self.sums[key] + value if key in self.sums else value
+        self.summed = self.summed + 1 - bad
 
     def means(self, accelerator: Accelerator) -> Metrics:
-        """Mean losses a step since the last time; here the host waits for them."""
-        sums, count = self.shared(accelerator), self.summed
+        """Mean losses a step since the last time, nothing if all steps were left out; here the host waits for them."""
+        sums, count = self.shared(accelerator), float(self.summed)
         self.sums, self.summed = {}, 0
+        if not count:
+            return {}
         means = (torch.stack(list(sums.values())) / count).tolist()
         return {n if n == "loss" else f"loss/{n}": value for n, value in zip(sums, means, strict=True)}
 
@@ -48,18 +49,5 @@ class Progress:
         return dict(zip(self.sums, accelerator.reduce(torch.stack(list(self.sums.values())), "sum"), strict=True))
 
 
-def check_finite(step: int, values: Metrics) -> None:
-    """Before anything is saved; the most telling name is the last.
-
-    Raises:
-        QueryVisionError: a value is not finite.
-    """
-    bad = [name for name, value in values.items() if not math.isfinite(value)]
-    if bad:
-        raise QueryVisionError(
-            f"step {step}: {bad[-1]} is not finite; the last checkpoint is kept. Try a lower --lr or --precision fp32"
-        )
-
-
-LOGGED = ("seconds", "best", "skipped", "sums", "summed", "owed")
+LOGGED = ("seconds", "best", "skipped", "sums", "summed", "in_row", "owed")
 """Fields of `Progress` that stand under `log` in a checkpoint."""

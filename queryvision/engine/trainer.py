@@ -16,13 +16,15 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from queryvision.config import TrainSettings
 from queryvision.criterion import Criterion
 from queryvision.engine.checkpoint import load_resumable, load_weights, save_checkpoint
+from queryvision.engine.health import Health
 from queryvision.engine.optimisation import AveragedWeights, backbone_body, freeze, lr_factor, parameter_groups
 from queryvision.engine.processes import make_accelerator
-from queryvision.engine.progress import LOGGED, Metrics, Progress, check_finite
+from queryvision.engine.progress import LOGGED, Metrics, Progress
 from queryvision.engine.randomness import image_generators, random_state, set_random_state
 from queryvision.engine.run_log import RunLog
 from queryvision.engine.stopping import Asked, Stopped, listening
@@ -83,7 +85,7 @@ class Trainer:
         self.model, self.optimizer = self.accelerator.prepare(model, torch.optim.AdamW(groups, fused=True))
         # Accelerate puts autocast around `forward`; here it stands around the training step, so that evaluation is float32.
         model.__dict__.pop("forward", None)
-        self.progress = Progress()
+        self.progress, self.health = Progress(), Health(model, self.accelerator, settings.bad_steps)
         self.asked, self.stopping = Asked(), 0  # which signal came, and which one all processes know of
         self.rng: dict[str, Any] | None = None  # of a checkpoint
         self.log: RunLog
@@ -93,7 +95,7 @@ class Trainer:
         """Runs to the last step, from the first or from where `load` left off.
 
         Raises:
-            QueryVisionError: the loss is no longer finite, or validation data cannot be read.
+            QueryVisionError: losses are no longer finite, or validation data cannot be read.
             Stopped: a signal came; the state is saved.
         """
         start = self.progress.step
@@ -126,23 +128,30 @@ class Trainer:
             group["lr"] = own["lr"] * factor
         waiting = [next(batches) for _ in range(s.accumulate)]
         normalisers = self._normalisers(waiting)
+        self.health.begin()
+        losses: dict[str, Tensor] = {}
         for index, batch in enumerate(waiting):
             self._report_skipped(batch)
             last = index == len(waiting) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                self._accumulate(batch, step, normalisers)
-        if s.clip:
-            self.accelerator.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], s.clip)
+                for key, value in self._accumulate(batch, step, normalisers).items():
+                    losses[key] = losses[key] + value if key in losses else value
+        parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
+        norm = self.accelerator.clip_grad_norm_(parameters, s.clip or math.inf)
+        bad = self.health.end(step + 1, norm, losses, [i for batch in waiting for i in batch.targets.image_ids])
+        if self.accelerator.scaler is None:  # else it says so itself
+            self.optimizer.optimizer.found_inf = bad
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(self.plain)
-        self.progress.step, self.progress.summed = step + 1, self.progress.summed + 1
+        self.progress.step = step + 1
+        self.progress.add(losses, bad)
         self.log.advance(step + 1, sum(len(b.images.pixels) for b in waiting) * self.accelerator.num_processes)
         self.progress.seconds += time.perf_counter() - began
 
-    def _accumulate(self, batch: Batch, step: int, normalisers: dict[tuple[str, str], float]) -> None:
-        """Forward, losses and backward of one micro-batch."""
+    def _accumulate(self, batch: Batch, step: int, normalisers: dict[tuple[str, str], float]) -> dict[str, Tensor]:
+        """Forward, losses and backward of one micro-batch; its losses by `head.term`, and their sum."""
         device = self.accelerator.device
         generators = image_generators(self.settings.seed, step, batch.targets.image_ids, device)
         batch = batch.to(device)
@@ -150,7 +159,7 @@ class Trainer:
             outputs = self.model(batch.images, batch.targets, generators=generators)
         losses = self.criterion(outputs, batch.targets, normalisers, generators)
         self.accelerator.backward(losses.total * self.accelerator.num_processes)
-        self.progress.add({"loss": losses.total.detach(), **losses.terms})
+        return {"loss": losses.total.detach(), **losses.terms}
 
     def _normalisers(self, batches: list[Batch]) -> dict[tuple[str, str], float]:
         """Counts of all micro-batches and ranks, known before the first forward pass."""
@@ -182,7 +191,7 @@ class Trainer:
         if step % s.log_every == 0 or final:
             values = self._read_losses(step)
         elif evaluating or saving or stopping:
-            check_finite(step, {"loss": float(self.progress.sums["loss"])})
+            self._read_health()
         if evaluating:
             self.progress.owed = values
             self._save()  # whatever happens meanwhile, the steps so far are not lost
@@ -203,10 +212,16 @@ class Trainer:
 
     def _read_losses(self, step: int) -> Metrics:
         """Means since the last line, shown and checked."""
+        self._read_health()
         values, lr = self.progress.means(self.accelerator), self.optimizer.param_groups[0]["lr"]
-        self.log.status(step, values["loss"], lr)
-        check_finite(step, values)
+        self.log.status(step, values.get("loss", math.nan), lr)
         return {"lr": lr, **values}
+
+    def _read_health(self) -> None:
+        """Says which steps were left out, before anything is saved."""
+        lines, self.progress.in_row = self.health.read(self.progress.in_row)
+        for line in lines:
+            self.log.say(f"warning: {line}")
 
     def _evaluate(self, step: int) -> Metrics:
         """Metrics of the averaged weights; the best so far are kept in `best.pt`."""

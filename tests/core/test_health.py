@@ -1,0 +1,126 @@
+"""Losses and gradients that are not finite: named, left out, and the end of a run only when they stay."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from samples import targets_of
+from test_optimisation import NormedBackbone
+from torch import Tensor
+from toys import detection_heads, images, tiny_model
+
+from queryvision.config import TrainSettings
+from queryvision.criterion import Criterion
+from queryvision.engine.checkpoint import load_checkpoint
+from queryvision.engine.trainer import Trainer
+from queryvision.errors import QueryVisionError
+from queryvision.structures import Batch
+
+SPOILED = 66  # an image id
+
+
+class Cliff(torch.autograd.Function):
+    """Zero, with an infinite slope."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 0
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * torch.inf
+
+
+class Spoiling(Criterion):
+    """Whose box term, or gradient, is not finite for one image."""
+
+    how = "loss"
+
+    def __call__(self, outputs: Any, targets: Any, *given: Any) -> Any:
+        losses = super().__call__(outputs, targets, *given)
+        if SPOILED not in targets.image_ids:
+            return losses
+        if self.how == "weightless":  # nothing of it reaches the gradient
+            return SimpleNamespace(total=losses.total, terms={**losses.terms, "boxes.giou": losses.terms["boxes.giou"] / 0})
+        if self.how == "gradient":
+            return SimpleNamespace(total=losses.total + Cliff.apply(losses.total), terms=losses.terms)
+        nan = losses.terms["boxes.giou"] * torch.nan
+        return SimpleNamespace(total=losses.total * torch.nan, terms={**losses.terms, "boxes.giou": nan})
+
+
+def run(
+    folder: Path, bad: tuple[int, ...], how: str = "loss", pixels: bool = False, steps: int = 6, **settings: Any
+) -> Trainer:
+    """A toy run whose steps `bad` meet the image, fitted; with `pixels` they are infinite, too."""
+    torch.manual_seed(0)
+    model = tiny_model(detection_heads(), backbone=NormedBackbone())
+    chosen = TrainSettings(**{"lr": 1e-2, "warmup": 0, "schedule": "flat", "ema": 0, "log_every": 3, **settings})
+
+    def batches(start: int) -> Iterator[Batch]:
+        number = start
+        while True:
+            spoiled = number // chosen.accumulate in bad
+            seen = images()
+            if spoiled and pixels:
+                seen = dataclasses.replace(seen, pixels=torch.full_like(seen.pixels, torch.inf))
+            yield Batch(seen, dataclasses.replace(targets_of([[0, 1], [2]]), image_ids=(5, SPOILED if spoiled else 6)))
+            number += 1
+
+    criterion = Spoiling(model.heads.heads())
+    criterion.how = how
+    return Trainer(
+        model=model, criterion=criterion, settings=chosen, steps=steps, steps_per_epoch=1, batches=batches,
+        evaluate=lambda _: {"AP": 0.0}, main_metric="AP", folder=folder, header={"task": "toy", "classes": {"names": ["a"]}},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("how", "named"), [("loss", "boxes.giou"), ("weightless", "boxes.giou"), ("gradient", "the gradient")])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_bad_step_is_named_and_left_out(tmp_path: Path, capsys: Any, how: str, named: str, accumulate: int) -> None:
+    """Weights and moments as if it had not been; the means of the log are those of the other steps."""
+    trainer = run(tmp_path / "bad", (1,), how, accumulate=accumulate)
+    trainer.fit()
+    told = [line for line in capsys.readouterr().out.splitlines() if "finite" in line]
+    ids = ", ".join(["5, 66"] * accumulate)
+    assert told == [f"warning: step 2: {named} is not finite (images {ids}): the step is left out"]
+    plain = run(tmp_path / "plain", (), steps=5, accumulate=accumulate)
+    plain.fit()
+    for name, value in plain.plain.state_dict().items():
+        assert torch.equal(value, trainer.plain.state_dict()[name]), name
+    rows = list(csv.DictReader((tmp_path / "bad" / "metrics.csv").read_text().splitlines()))
+    assert all(torch.tensor(float(row[f"loss/{name}"])).isfinite() for row in rows for name in ("boxes.giou", "labels.class"))
+    saved = load_checkpoint(tmp_path / "bad" / "last.pt")
+    assert saved["step"] == 6 and all(state["step"] == 5 for state in saved["optimizer"]["state"].values())
+
+
+def test_pixels_that_are_not_finite_leave_no_trace_in_batch_norm(tmp_path: Path) -> None:
+    trainer = run(tmp_path, (2,), pixels=True)
+    trainer.fit()
+    assert all(value.isfinite().all() for value in trainer.plain.state_dict().values())
+    assert trainer.plain.backbone.norm.num_batches_tracked == 5
+
+
+def test_bad_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
+    """The last checkpoint stays; from it the count goes on."""
+    with pytest.raises(QueryVisionError) as error:
+        run(tmp_path, (4, 5, 6), bad_steps=3, save_every=2, steps=9).fit()
+    assert str(error.value).startswith("step 7: boxes.giou is not finite (images 5, 66), as in 3 steps in a row; the last")
+    last = load_checkpoint(tmp_path / "last.pt")
+    assert last["step"] == 6 and last["log"]["in_row"] == 2
+    assert all(value.isfinite().all() for value in last["model"].values())
+    again = run(tmp_path, (6,), bad_steps=3, steps=9)
+    again.load()
+    with pytest.raises(QueryVisionError, match="step 7: .* 3 steps in a row"):
+        again.fit()
+
+
+def test_bad_steps_that_are_not_in_a_row_do_not(tmp_path: Path) -> None:
+    run(tmp_path, (0, 1, 3, 4), bad_steps=3).fit()
+    assert load_checkpoint(tmp_path / "last.pt")["step"] == 6
