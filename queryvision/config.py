@@ -89,6 +89,7 @@ class TrainSettings(Settings):
     seed: int = Field(0, ge=0, description="of weights, order, augmentation and dropout")
     log_every: int = Field(20, ge=1, description="steps between lines of metrics.csv")
     eval_every: int = Field(200, ge=1, description="steps between evaluations; the last step is always evaluated")
+    patience: int = Field(0, ge=0, description="evaluations in a row without a better main metric that end a run; 0: none do")
     save_every: int = Field(100, ge=1, description="steps between checkpoints; the last step is always saved")
 
 

@@ -186,7 +186,7 @@ class _Run:
             where = config.data.path or "the drawn scenes"
             self.say(f"warning: {progress.skipped} times an image could not be read; `qv data check {where}` lists them")
         if self.accelerator.is_main_process:
-            text = summary(self.task.name, config.model_dump(), self.steps, progress.seconds, progress.best_metrics)
+            text = summary(self.task.name, config.model_dump(), progress.step, progress.seconds, progress.best_metrics)
             (folder / "summary.json").write_text(json.dumps(text, indent=2))
             self._picture(folder)
             self.say(f"done: {folder}")

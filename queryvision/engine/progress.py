@@ -20,6 +20,7 @@ class Progress:
     seconds: float = 0.0  # of training, evaluation apart
     best: float | None = None
     best_metrics: Metrics = field(default_factory=dict)
+    stale: int = 0  # evaluations since the best
     skipped: int = 0  # unreadable images met
     sums: dict[str, Tensor] = field(default_factory=dict)  # losses since the last line of the log
     summed: Tensor | int = 0  # steps in them
@@ -49,5 +50,5 @@ class Progress:
         return dict(zip(self.sums, accelerator.reduce(torch.stack(list(self.sums.values())), "sum"), strict=True))
 
 
-LOGGED = ("seconds", "best", "skipped", "sums", "summed", "in_row", "owed")
+LOGGED = ("seconds", "best", "stale", "skipped", "sums", "summed", "in_row", "owed")
 """Fields of `Progress` that stand under `log` in a checkpoint."""

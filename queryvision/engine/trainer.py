@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor
 
 from queryvision.config import TrainSettings
@@ -111,6 +112,12 @@ class Trainer:
                 self._save()
             with listening() as self.asked:
                 for step in range(start, self.steps):
+                    if self.settings.patience and self.progress.stale >= self.settings.patience:
+                        self.log.say(
+                            f"no better {self.main_metric} in {self.progress.stale} evaluations: ended (train.patience)"
+                        )
+                        self._save()
+                        break
                     self._step(step, batches)
                     self._after(step + 1)
         finally:
@@ -231,12 +238,16 @@ class Trainer:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             metrics = self.evaluate(model)
         value = metrics.get(self.main_metric, 0.0)
+        if self.accelerator.num_processes > 1:  # all end at the same step
+            value = float(broadcast(torch.tensor(value, device=device)))
         if self.progress.best is None or value > self.progress.best or math.isnan(self.progress.best):
-            self.progress.best, self.progress.best_metrics = value, metrics
+            self.progress.best, self.progress.best_metrics, self.progress.stale = value, metrics, 0
             if self.accelerator.is_main_process:
                 save_checkpoint(
                     self.folder / "best.pt", {**self.header, "model": model.state_dict(), "step": step, "metrics": metrics}
                 )
+        else:
+            self.progress.stale += 1
         shown = "  ".join(f"{key} {value:.3f}" for key, value in list(metrics.items())[:6] if value >= 0)
         self.log.pause(time.perf_counter() - began)
         self.log.say(f"step {step}: {shown}")

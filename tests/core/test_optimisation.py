@@ -13,6 +13,7 @@ from toys import WIDTH, TinyBackbone, detection_heads, images, make_targets, tin
 
 from queryvision.config import TrainSettings, load_config
 from queryvision.criterion import Criterion
+from queryvision.engine.checkpoint import load_checkpoint
 from queryvision.engine.optimisation import AveragedWeights, freeze, lr_factor, parameter_groups
 from queryvision.engine.trainer import Trainer
 from queryvision.errors import CheckpointError, ConfigError
@@ -208,3 +209,16 @@ def test_averaged_weights_follow_faster_at_first() -> None:
         one.update(layer)
     for key, value in average.model.state_dict().items():
         assert torch.equal(value, fresh.model.state_dict()[key]), "an average goes on from a checkpoint as if nothing had been"
+
+
+@pytest.mark.parametrize(("found", "last"), [((0.1, 0.3, 0.2, 0.3, 0.2, 0.9), 4), ((0.1, 0.3, 0.2, 0.4, 0.2, 0.3), 6)])
+def test_patience_ends_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], found: tuple[float, ...], last: int) -> None:
+    """After two evaluations without a better one; the last state is saved, and going on does nothing more."""
+    trainer = trainer_of(tiny_model(detection_heads()), tmp_path, steps=6, eval_every=1, save_every=6, patience=2)
+    values = iter(found)
+    trainer.evaluate = lambda _: {"AP": next(values)}
+    assert trainer.fit().step == last == load_checkpoint(tmp_path / "last.pt")["step"]
+    assert ("ended: no better AP in 2 evaluations" in capsys.readouterr().out) == (last == 4)
+    again = trainer_of(tiny_model(detection_heads()), tmp_path, steps=6, eval_every=1, patience=2)
+    again.load()
+    assert again.fit().step == last and again.progress.best == max(found[:last])
