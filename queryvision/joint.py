@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 
@@ -15,7 +15,7 @@ from queryvision.errors import ConfigError
 from queryvision.head import Head, Steering
 from queryvision.results import Result
 from queryvision.structures import Round
-from queryvision.task import Evaluator, HeadSpec, Task
+from queryvision.task import Evaluator, HeadSpec, Shareable, Task
 
 
 def join(*tasks: Task) -> Task:
@@ -56,7 +56,12 @@ def join(*tasks: Task) -> Task:
         return [{key: value for row in same for key, value in row.items()} for same in zip(*rows, strict=True)]
 
     def evaluator(ground_truth: dict[str, Any], classes: ClassMap, backend: str) -> Evaluator:
-        return _JointEvaluator(tasks, ground_truth, classes, backend)
+        truths = ground_truth.get("parts", {task.name: ground_truth for task in tasks})  # several files, or one for all
+        known = [task for task in tasks if task.name in truths]
+        parts = [task.evaluator(truths[task.name], classes, backend) for task in known]
+        images = [{row["id"] for row in truths[task.name]["images"]} for task in known]
+        kind = _ShareableEvaluator if all(isinstance(part, Shareable) for part in parts) else _JointEvaluator
+        return kind(known, parts, images)
 
     return replace(
         tasks[0],
@@ -89,11 +94,8 @@ def _joint_steering(tasks: tuple[Task, ...]) -> Steering:
 class _JointEvaluator:
     """Asks every task's evaluator, each about the images of its own annotations; `mean` is the mean of their main metrics."""
 
-    def __init__(self, tasks: Sequence[Task], ground_truth: dict[str, Any], classes: ClassMap, backend: str) -> None:
-        truths = ground_truth.get("parts", {task.name: ground_truth for task in tasks})  # several files, or one for all
-        self.tasks = [task for task in tasks if task.name in truths]
-        self.parts = [task.evaluator(truths[task.name], classes, backend) for task in self.tasks]
-        self.images = [{row["id"] for row in truths[task.name]["images"]} for task in self.tasks]
+    def __init__(self, tasks: Sequence[Task], parts: Sequence[Evaluator], images: Sequence[set[int]]) -> None:
+        self.tasks, self.parts, self.images = tasks, parts, images
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -122,3 +124,14 @@ class _JointEvaluator:
         for task, metrics in zip(self.tasks, found, strict=True):
             whole |= {f"{task.name}/{key}": value for key, value in metrics.items()}
         return whole
+
+
+class _ShareableEvaluator(_JointEvaluator):
+    """Whose parts can all take in what other processes found."""
+
+    def state(self) -> list[Any]:
+        return [cast(Shareable, part).state() for part in self.parts]
+
+    def merge(self, states: Iterable[list[Any]]) -> None:
+        for part, of_part in zip(self.parts, zip(*states, strict=True), strict=True):
+            cast(Shareable, part).merge(of_part)

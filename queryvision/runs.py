@@ -229,7 +229,7 @@ class _Run:
         return iter(loader)
 
     def _evaluate(self, model: QueryModel) -> dict[str, float]:
-        return evaluate_model(model, self.task, self.classes, self.val_data, self.config)[0]
+        return evaluate_model(model, self.task, self.classes, self.val_data, self.config, self.accelerator)[0]
 
     def _picture(self, folder: Path) -> None:
         """A grid of predictions on validation images."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from accelerate import Accelerator
 
 from queryvision.config import Config
 from queryvision.data.classes import ClassMap
@@ -17,7 +18,7 @@ from queryvision.data.union import unite
 from queryvision.engine.evaluation import evaluate
 from queryvision.errors import DataError
 from queryvision.model.query_model import QueryModel
-from queryvision.task import Evaluator, Task
+from queryvision.task import Evaluator, Shareable, Task
 
 
 def open_splits(config: Config, task: Task) -> tuple[CocoDataset, CocoDataset]:
@@ -69,10 +70,19 @@ def data_warnings(train: CocoDataset, val: CocoDataset) -> list[str]:
 
 
 def evaluate_model(
-    model: QueryModel, task: Task, classes: ClassMap, data: CocoDataset, config: Config
+    model: QueryModel,
+    task: Task,
+    classes: ClassMap,
+    data: CocoDataset,
+    config: Config,
+    accelerator: Accelerator | None = None,
 ) -> tuple[dict[str, float], Evaluator]:
-    """Metrics of a model on a data set with the settings of a configuration."""
+    """Metrics of a model on a data set with the settings of a configuration; several processes share the images."""
     settings = config.evaluation
+    evaluator = task.evaluator(data.ground_truth(), classes, settings.evaluator)
+    share = (0, 1)
+    if accelerator is not None and isinstance(evaluator, Shareable):
+        share = (accelerator.process_index, accelerator.num_processes)
     batches = evaluation_loader(
         data,
         evaluation_transform(config.data.side),
@@ -80,6 +90,7 @@ def evaluate_model(
         task.needs,
         settings.batch_size,
         config.data.workers,
+        *share,
     )
-    truth, limit = data.ground_truth(), settings.max_results
-    return evaluate(model, task, classes, batches, truth, limit, settings.evaluator, settings.overlap)
+    limit, overlap = settings.max_results, settings.overlap
+    return evaluate(model, task, classes, batches, evaluator, limit, overlap, accelerator), evaluator

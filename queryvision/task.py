@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from PIL import Image
 from torch import Tensor
@@ -52,6 +52,17 @@ class Evaluator(Protocol):
 
     def compute(self) -> dict[str, float]:
         """Metrics by their usual names."""
+
+
+@runtime_checkable
+class Shareable(Protocol):
+    """What an evaluator has besides, if several processes are to share its images; else each looks at all of them."""
+
+    def state(self) -> Any:
+        """What was added, to be pickled."""
+
+    def merge(self, states: Iterable[Any]) -> None:
+        """Takes in the states of all processes, its own among them; no image counts twice."""
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 
 from queryvision.data.classes import ClassMap
 from queryvision.data.loader import ImageInfo
 from queryvision.model.query_model import QueryModel
 from queryvision.results import Result
 from queryvision.structures import Batch, ImageBatch
-from queryvision.task import Evaluator, Task
+from queryvision.task import Evaluator, Shareable, Task
 
 
 @torch.inference_mode()
@@ -76,27 +77,32 @@ def evaluate(
     task: Task,
     classes: ClassMap,
     batches: Iterable[tuple[Batch, list[ImageInfo]]],
-    ground_truth: dict[str, Any],
+    evaluator: Evaluator,
     limit: int,
-    backend: str,
     overlap: float | None = None,
-) -> tuple[dict[str, float], Evaluator]:
-    """Metrics of a model on a data set.
+    accelerator: Accelerator | None = None,
+) -> dict[str, float]:
+    """Metrics of a model on a data set, the same in every process.
 
     Args:
         model: any mode; left in evaluation mode.
-        task: gives the evaluator.
+        task: decodes.
         classes: of the model.
-        batches: of `evaluation_loader`.
-        ground_truth: COCO dict of the same images.
+        batches: of `evaluation_loader`, for this process.
+        evaluator: of the task; takes in the results, after it those of all processes.
         limit: most results of an image.
-        backend: of the evaluator.
         overlap: see `Result.without_overlaps`; None: all stay.
+        accelerator: of the run, where there may be several processes.
 
     Returns:
-        {metric: value} and the evaluator, which holds the records.
+        {metric: value}.
     """
-    evaluator = task.evaluator(ground_truth, classes, backend)
     for info, result in predict_batches(model, task, classes, batches, limit, overlap):
         evaluator.add(info.image_id, result)
-    return evaluator.compute(), evaluator
+    if accelerator is None or accelerator.num_processes == 1:
+        return evaluator.compute()
+    if isinstance(evaluator, Shareable):
+        evaluator.merge(gather_object([evaluator.state()]))
+    found = [evaluator.compute() if accelerator.is_main_process else {}]
+    broadcast_object_list(found)
+    return found[0]

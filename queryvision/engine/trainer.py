@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
 from torch import Tensor
 
 from queryvision.config import TrainSettings
@@ -238,8 +237,6 @@ class Trainer:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             metrics = self.evaluate(model)
         value = metrics.get(self.main_metric, 0.0)
-        if self.accelerator.num_processes > 1:  # all end at the same step
-            value = float(broadcast(torch.tensor(value, device=device)))
         if self.progress.best is None or value > self.progress.best or math.isnan(self.progress.best):
             self.progress.best, self.progress.best_metrics, self.progress.stale = value, metrics, 0
             if self.accelerator.is_main_process:
