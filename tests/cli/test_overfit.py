@@ -27,7 +27,7 @@ FIGURES = ["data.skip_empty=true"]
     [
         ("detection", {"AP50": 0.9}, 120, 64, FEW),
         ("instance", {"AP50": 0.9, "box_AP50": 0.9}, 100, 64, [*FEW, *MASKS]),
-        ("keypoints", {"AP50": 0.9}, 110, 64, [*FIGURES, "model.num_queries=10", "model.denoising=6"]),
+        ("keypoints", {"AP50": 0.9}, 150, 64, [*FEW, *FIGURES]),
         pytest.param("panoptic", {"PQ": 0.8}, 200, 96, [*SOME, *MASKS], marks=pytest.mark.slow),
         pytest.param(
             "instance+keypoints",
