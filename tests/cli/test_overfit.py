@@ -25,9 +25,9 @@ FIGURES = ["data.skip_empty=true"]
 @pytest.mark.parametrize(
     ("task", "wanted", "steps", "side", "settings"),
     [
-        ("detection", {"AP50": 0.9}, 120, 64, FEW),
+        ("detection", {"AP50": 0.9}, 100, 64, FEW),
         ("instance", {"AP50": 0.9, "box_AP50": 0.9}, 100, 64, [*FEW, *MASKS]),
-        ("keypoints", {"AP50": 0.9}, 150, 64, [*FEW, *FIGURES]),
+        ("keypoints", {"AP50": 0.9}, 130, 64, [*FEW, *FIGURES]),
         pytest.param("panoptic", {"PQ": 0.8}, 200, 96, [*SOME, *MASKS], marks=pytest.mark.slow),
         pytest.param(
             "instance+keypoints",

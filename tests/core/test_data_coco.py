@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from queryvision.data.images import read_image
 from queryvision.data.view import view
 from queryvision.errors import DataError
 
-REAL = Path(__file__).parents[3] / "shared" / "data"
 CATEGORIES = [{"id": 7, "name": "cat", "keypoints": ["head", "tail"]}, {"id": 3, "name": "dog"}]
 
 
@@ -366,10 +366,10 @@ def test_view_writes_a_sheet(tmp_path: Path) -> None:
         ("coco", "train", ("masks", "keypoints"), 21, 122, 4),
     ],
 )
-def test_real_data(name: str, split: str, needs: tuple[str, ...], images: int, kept: int, crowds: int) -> None:
-    if not (REAL / name).is_dir():
-        pytest.skip(f"data set {name} is not on this machine")
-    dataset = open_dataset(REAL / name, split, needs)
+def test_real_data(
+    name: str, split: str, needs: tuple[str, ...], images: int, kept: int, crowds: int, real_data: Callable[[str], Path]
+) -> None:
+    dataset = open_dataset(real_data(name), split, needs)
     assert (len(dataset), len(dataset.objects.ids), int(dataset.objects.crowd.sum())) == (images, kept, crowds)
     assert len(dataset.ground_truth()["annotations"]) == kept and dataset.warning() is None
     for index in range(0, len(dataset), 10):

@@ -218,7 +218,7 @@ def test_patience_ends_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     values = iter(found)
     trainer.evaluate = lambda _: {"AP": next(values)}
     assert trainer.fit().step == last == load_checkpoint(tmp_path / "last.pt")["step"]
-    assert ("ended: no better AP in 2 evaluations" in capsys.readouterr().out) == (last == 4)
+    assert ("no better AP in 2 evaluations" in capsys.readouterr().out) == (last == 4)
     again = trainer_of(tiny_model(detection_heads()), tmp_path, steps=6, eval_every=1, patience=2)
     again.load()
     assert again.fit().step == last and again.progress.best == max(found[:last])
