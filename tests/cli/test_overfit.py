@@ -18,7 +18,8 @@ SMALL = [
     "train.warmup=20",
 ]
 MASKS = ["heads.masks.points=200"]
-FEW, SOME = (["model.num_queries=20", "model.denoising=10"], ["model.num_queries=30", "model.denoising=20"])
+FEW = ["model.num_queries=20", "model.denoising=10"]
+SOME = ["model.num_queries=30", "model.denoising=20"]
 FIGURES = ["data.skip_empty=true"]
 
 

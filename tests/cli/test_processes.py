@@ -6,9 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tiny import TINY, Call
+
+from queryvision.config import load_config
+from queryvision.splits import evaluate_model
 
 SMALL = ("--image-size", "64", "--set", "model.num_queries=10")
 
@@ -32,3 +37,21 @@ def test_an_evaluation_of_two_processes_is_that_of_one(
     assert alone.code == 0, alone
     found = json.loads(alone.out)
     assert told == {key: found[key] for key in told} and len(told) > 5
+
+
+@pytest.mark.parametrize(("methods", "share"), [({"state": dict, "merge": list}, (1, 2)), ({}, (0, 1))])
+def test_only_what_can_be_merged_is_shared(
+    methods: dict[str, Any], share: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each process looks at every image."""
+    seen: list[Any] = []
+    monkeypatch.setattr("queryvision.splits.evaluation_loader", lambda *given: seen.append(given))
+    monkeypatch.setattr("queryvision.splits.evaluate", lambda *_: {})
+    judge = SimpleNamespace(records=[], add=None, compute=None, **methods)
+    task: Any = SimpleNamespace(evaluator=lambda *_: judge, needs=())
+    data: Any = SimpleNamespace(ground_truth=dict, classes=())
+    second: Any = SimpleNamespace(process_index=1, num_processes=2)
+    none: Any = None
+    config = load_config("detection", None, {"data.image_size": 64})
+    assert evaluate_model(none, task, none, data, config, second) == ({}, judge)
+    assert seen[0][-2:] == share
