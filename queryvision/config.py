@@ -85,7 +85,7 @@ class TrainSettings(Settings):
     ema: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights, which are evaluated; 0: no average")
     ema_warmup: int = Field(200, ge=1, description="steps over which the decay rises")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the forward pass; losses are always fp32")
-    devices: int | None = Field(None, ge=1, description="processes; more than 1 needs torchrun; empty: as many as were started")
+    devices: int | None = Field(None, ge=1, description="processes, a GPU each; empty: as many as a launcher started, else 1")
     seed: int = Field(0, ge=0, description="of weights, order, augmentation and dropout")
     log_every: int = Field(20, ge=1, description="steps between lines of metrics.csv")
     eval_every: int = Field(200, ge=1, description="steps between evaluations; the last step is always evaluated")

@@ -10,8 +10,9 @@ from queryvision.config import Config, changed
 from queryvision.data.coco import CocoDataset
 
 AUTO = "auto"
-SIDES = (256, 640)  # px; the least and the largest short side that is chosen
-SMALL = 20  # px, what a small object should measure at the network's input: more than two cells of stride 8
+SIDES = (192, 640)  # px; the least and the largest short side that is chosen
+STUFF = 256  # px; the short side where there is nothing but stuff, whose thin parts have no size of their own
+SMALL = 18  # px, what a small object should measure at the network's input: more than two cells of stride 8
 QUERIES = (60, 300)  # least and most that are chosen
 
 
@@ -40,7 +41,7 @@ def fit_to_data(config: Config, data: CocoDataset) -> tuple[Config, list[str]]:
 def _side(data: CocoDataset) -> tuple[int, float]:
     """Short side in px, a multiple of 32, and what the smallest twentieth of the objects then measures at most.
 
-    Stuff does not count, as it has no size of its own; where there is nothing else the least side does, and the second is 0.
+    Stuff does not count, as it has no size of its own; where there is nothing else the second is 0.
     """
     objects = data.objects
     extent = objects.boxes[:, 2:] - objects.boxes[:, :2]
@@ -48,7 +49,7 @@ def _side(data: CocoDataset) -> tuple[int, float]:
     things = ~objects.crowd & np.asarray(data.classes.things)[objects.labels]
     share = np.sqrt(extent[:, 0] * extent[:, 1])[things] / short[things]
     small = float(np.percentile(share, 5)) if things.any() else 0.0
-    needed = min(max(SMALL / max(small, 1e-6), SIDES[0]), SIDES[1]) if things.any() else SIDES[0]
+    needed = min(max(SMALL / max(small, 1e-6), SIDES[0]), SIDES[1]) if things.any() else STUFF
     largest = max(32, 32 * math.ceil(float(np.median(data.sizes.min(1))) / 32))  # nothing is gained beyond the images' own
     side = min(32 * math.ceil(needed / 32), largest)
     return side, small * side

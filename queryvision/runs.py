@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from queryvision.criterion import Criterion
 from queryvision.data.loader import BatchPlan, train_loader
 from queryvision.data.phases import training_phases
 from queryvision.data.skeletons import shared_flip_pairs
+from queryvision.engine.launch import launch
 from queryvision.engine.processes import make_accelerator
 from queryvision.engine.run_log import summary
 from queryvision.engine.trainer import Trainer
@@ -88,7 +90,8 @@ def train(
         image_size: short side of the input in pixels.
         weights: of the backbone: none, imagenet, torchvision:NAME, timm:NAME, a path or a URL; or of the whole model: a
             checkpoint of ours, perhaps of other classes.
-        devices: number of processes the run must have.
+        devices: number of processes, each with a GPU of its own where there are any; started here unless torchrun or
+            `accelerate launch` did.
         precision: fp32, bf16 or fp16.
         workers: processes that read images.
         seed: of everything random.
@@ -104,6 +107,7 @@ def train(
     Raises:
         ConfigError, DataError, CheckpointError: one line says what is wrong.
     """
+    given = dict(locals())
     flags = {
         "data": _text(data), "steps": steps, "epochs": epochs, "batch_size": batch_size, "lr": lr, "image_size": image_size,
         "weights": _text(weights), "devices": devices, "precision": precision, "workers": workers, "seed": seed, "name": name,
@@ -118,6 +122,8 @@ def train(
     else:
         chosen = load_config(task, config, overrides, settings)
         folder = newest_run(chosen) if resume else new_folder(chosen)
+    if (chosen.train.devices or 1) > 1 and "WORLD_SIZE" not in os.environ:
+        return Path(launch(train, given, chosen.train.devices or 1))
     go_on = resume is not False and (folder / LAST).is_file()
     if resume and not go_on:
         print(f"{folder} has saved nothing yet: starting at step 0")

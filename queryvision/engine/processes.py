@@ -35,5 +35,4 @@ def _check_processes(devices: int | None) -> None:
         return
     if "WORLD_SIZE" in os.environ:
         raise ConfigError(f"train.devices = {devices}: {running} processes were started (WORLD_SIZE); leave out --devices")
-    launcher = f"torchrun --nproc-per-node {devices} -m queryvision.cli train ..."
-    raise ConfigError(f"train.devices = {devices}: `{launcher}` starts so many processes")
+    raise ConfigError(f"train.devices = {devices}: queryvision.train and `qv train` start so many processes, or torchrun does")

@@ -23,6 +23,10 @@ class Stopped(QueryVisionError):
         super().__init__(message)
         self.code = 128 + number
 
+    def __reduce__(self) -> tuple[type[Stopped], tuple[int, str]]:
+        """It may have happened in another process."""
+        return Stopped, (self.code - 128, str(self))
+
 
 class Asked:
     """Which signal came, 0: none. After it Ctrl-C ends the process at once; SIGTERM, which launchers repeat, does nothing."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from signal import SIGTERM, Signals
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,15 +20,15 @@ from torch import Tensor
 
 from queryvision.config import TrainSettings
 from queryvision.criterion import Criterion
-from queryvision.engine.checkpoint import load_resumable, load_weights, save_checkpoint
+from queryvision.engine.checkpoint import save_checkpoint
 from queryvision.engine.health import Health
-from queryvision.engine.optimisation import AveragedWeights, backbone_body, freeze, lr_factor, parameter_groups
+from queryvision.engine.optimisation import lr_factor
 from queryvision.engine.processes import make_accelerator
-from queryvision.engine.progress import LOGGED, Metrics, Progress
-from queryvision.engine.randomness import image_generators, random_state, set_random_state
+from queryvision.engine.progress import Metrics, Progress
+from queryvision.engine.randomness import image_generators, set_random_state
 from queryvision.engine.run_log import RunLog
+from queryvision.engine.state import RunState
 from queryvision.engine.stopping import Asked, Stopped, listening
-from queryvision.errors import CheckpointError, ConfigError
 from queryvision.model.query_model import QueryModel
 from queryvision.structures import Batch
 
@@ -68,27 +68,15 @@ class Trainer:
         self.settings, self.steps, self.steps_per_epoch = settings, steps, steps_per_epoch
         self.folder, self.header = folder, header
         self.criterion, self.batches, self.evaluate, self.main_metric = criterion, batches, evaluate, main_metric
-        model.to(self.accelerator.device)
-        untrained = [*settings.freeze, *([backbone_body(model)] if settings.backbone_lr == 0 else [])]
-        self.held = freeze(model, untrained)  # norms that must not go on counting
-        groups = parameter_groups(
-            model,
-            settings.lr,
-            weight_decay=settings.weight_decay,
-            backbone_lr=settings.backbone_lr,
-            offsets_lr=settings.offsets_lr,
-            norm_decay=settings.norm_decay,
-        )
-        self.own_groups = [{key: group[key] for key in ("lr", "weight_decay", "names")} for group in groups]
-        self.plain = model
-        self.average = AveragedWeights(model, settings.ema, settings.ema_warmup) if settings.ema else None
-        self.model, self.optimizer = self.accelerator.prepare(model, torch.optim.AdamW(groups, fused=True))
-        # Accelerate puts autocast around `forward`; here it stands around the training step, so that evaluation is float32.
-        model.__dict__.pop("forward", None)
-        self.progress, self.health = Progress(), Health(model, self.accelerator, settings.bad_steps)
+        self.state = RunState(model, settings, self.accelerator)
+        self.health = Health(model, self.accelerator, settings.bad_steps)
         self.asked, self.stopping = Asked(), 0  # which signal came, and which one all processes know of
-        self.rng: dict[str, Any] | None = None  # of a checkpoint
         self.log: RunLog
+
+    @property
+    def progress(self) -> Progress:
+        """Where the run stands."""
+        return self.state.progress
 
     # ------------------------------------------------------------------------------------------------ the run
     def fit(self) -> Progress:
@@ -103,7 +91,7 @@ class Trainer:
         self.log = RunLog(self.folder, self.steps, start, self.accelerator.is_main_process, written)
         batches = self.batches(start * self.settings.accumulate)
         # After the loader, which draws from the global generator when it starts.
-        set_random_state(self.rng, self.accelerator.device, self.settings.seed, self.accelerator.process_index, start)
+        set_random_state(self.state.rng, self.accelerator.device, self.settings.seed, self.accelerator.process_index, start)
         try:
             if self.progress.owed is not None:
                 self._write(start, {**self.progress.owed, **self._evaluate(start)})
@@ -126,12 +114,7 @@ class Trainer:
     def _step(self, step: int, batches: Iterator[Batch]) -> None:
         began = time.perf_counter()
         s = self.settings
-        self.model.train()
-        for norm in self.held:
-            norm.eval()
-        factor = lr_factor(step, self.steps, s.schedule, s.warmup, s.flat, s.final, s.drop_at)
-        for group, own in zip(self.optimizer.param_groups, self.own_groups, strict=True):
-            group["lr"] = own["lr"] * factor
+        self.state.begin_step(lr_factor(step, self.steps, s.schedule, s.warmup, s.flat, s.final, s.drop_at))
         waiting = [next(batches) for _ in range(s.accumulate)]
         normalisers = self._normalisers(waiting)
         self.health.begin()
@@ -139,18 +122,14 @@ class Trainer:
         for index, batch in enumerate(waiting):
             self._report_skipped(batch)
             last = index == len(waiting) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.state.model):
                 for key, value in self._accumulate(batch, step, normalisers).items():
                     losses[key] = losses[key] + value if key in losses else value
-        parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
-        norm = self.accelerator.clip_grad_norm_(parameters, s.clip or math.inf)
+        norm = self.accelerator.clip_grad_norm_(self.state.parameters, s.clip or math.inf)
         bad = self.health.end(step + 1, norm, losses, [i for batch in waiting for i in batch.targets.image_ids])
         if self.accelerator.scaler is None:  # else it says so itself
-            self.optimizer.optimizer.found_inf = bad
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.average is not None:
-            self.average.update(self.plain)
+            self.state.optimizer.optimizer.found_inf = bad
+        self.state.step()
         self.progress.step = step + 1
         self.progress.add(losses, bad)
         self.log.advance(step + 1, sum(len(b.images.pixels) for b in waiting) * self.accelerator.num_processes)
@@ -162,7 +141,7 @@ class Trainer:
         generators = image_generators(self.settings.seed, step, batch.targets.image_ids, device)
         batch = batch.to(device)
         with self.accelerator.autocast():
-            outputs = self.model(batch.images, batch.targets, generators=generators)
+            outputs = self.state.model(batch.images, batch.targets, generators=generators)
         losses = self.criterion(outputs, batch.targets, normalisers, generators)
         self.accelerator.backward(losses.total * self.accelerator.num_processes)
         return {"loss": losses.total.detach(), **losses.terms}
@@ -171,7 +150,7 @@ class Trainer:
         """Counts of all micro-batches and ranks, known before the first forward pass."""
         total: dict[tuple[str, str], float] = {}
         for batch in batches:
-            counts = self.criterion.counts(batch.targets, self.plain.group_sizes(batch.targets.counts))
+            counts = self.criterion.counts(batch.targets, self.state.plain.group_sizes(batch.targets.counts))
             for key, value in counts.items():
                 total[key] = total.get(key, 0.0) + value
         self.stopping = number = self.asked.number
@@ -219,7 +198,7 @@ class Trainer:
     def _read_losses(self, step: int) -> Metrics:
         """Means since the last line, shown and checked."""
         self._read_health()
-        values, lr = self.progress.means(self.accelerator), self.optimizer.param_groups[0]["lr"]
+        values, lr = self.progress.means(self.accelerator), self.state.optimizer.param_groups[0]["lr"]
         self.log.status(step, values.get("loss", math.nan), lr)
         return {"lr": lr, **values}
 
@@ -232,7 +211,7 @@ class Trainer:
     def _evaluate(self, step: int) -> Metrics:
         """Metrics of the averaged weights; the best so far are kept in `best.pt`."""
         began = time.perf_counter()
-        model = self.plain if self.average is None else cast(QueryModel, self.average.model)
+        model = self.state.evaluated
         device = self.accelerator.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             metrics = self.evaluate(model)
@@ -252,51 +231,8 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ checkpoints
     def _save(self) -> None:
-        sums = self.progress.shared(self.accelerator)
-        if not self.accelerator.is_main_process:
-            return
-        p = self.progress
-        content = {
-            **self.header,
-            "model": self.plain.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": p.step,
-            "metrics": p.best_metrics,
-            "rng": random_state(self.accelerator.device),
-            "log": {**{key: getattr(p, key) for key in LOGGED}, "sums": sums},
-        }
-        if self.accelerator.scaler is not None:
-            content["scaler"] = self.accelerator.scaler.state_dict()
-        if self.average is not None:
-            content |= {"ema": self.average.model.state_dict(), "ema_updates": self.average.updates}
-        save_checkpoint(self.folder / "last.pt", content)
+        self.state.save(self.folder / "last.pt", self.header)
 
     def load(self) -> None:
-        """Takes over `last.pt`, from which `fit` then goes on.
-
-        Raises:
-            CheckpointError: it is damaged, or was made with other classes, another model or another optimiser.
-            ConfigError: it is further than the run is to go.
-        """
-        path = self.folder / "last.pt"
-        state = load_resumable(path, self.header["classes"])
-        load_weights(self.plain, state["model"], str(path))
-        try:
-            trained = [group.get("names") for group in state["optimizer"]["param_groups"]]
-            if trained != [group["names"] for group in self.own_groups]:
-                raise ValueError("the groups hold other parameters")
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path}: its optimiser trained other parts; keep the settings as they were") from error
-        if self.average is not None:
-            self.average.load(state.get("ema", state["model"]), state.get("ema_updates", 0))
-        for group, own in zip(self.optimizer.param_groups, self.own_groups, strict=True):
-            group["weight_decay"] = own["weight_decay"]
-        if self.accelerator.scaler is not None and "scaler" in state:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        if state["step"] > self.steps:
-            raise ConfigError(f"{path}: the run is already at step {state['step']}; --steps {self.steps} must be at least that")
-        self.progress = Progress(step=state["step"], best_metrics=state["metrics"], **state["log"])
-        share = float(self.accelerator.is_main_process)  # they are those of all processes
-        self.progress.sums = {key: share * value.to(self.accelerator.device) for key, value in self.progress.sums.items()}
-        self.rng = state["rng"]
+        """Takes over `last.pt`, from which `fit` then goes on; errors as in `RunState.load`."""
+        self.state.load(self.folder / "last.pt", self.header["classes"], self.steps)

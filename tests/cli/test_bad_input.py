@@ -274,7 +274,6 @@ def test_a_level_that_a_timm_backbone_lacks(train: Refused, drawn_once: Path) ->
         (("--task", "detectoin"), "did you mean 'detection'"),
         (("--config", "detr_r50_coc"), "did you mean 'detr_r50_coco'"),
         (("--config", "nowhere.yaml"), "no configuration file nowhere.yaml"),
-        (("--devices", "2"), "torchrun --nproc-per-node 2 -m queryvision.cli train"),
     ],
 )
 def test_wrong_flags(train: Refused, drawn_once: Path, words: tuple[str, ...], says: str) -> None:

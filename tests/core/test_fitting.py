@@ -35,8 +35,8 @@ def config(**data: Any) -> Config:
 @pytest.mark.parametrize(
     ("side", "size", "wanted"),
     [
-        (200, (480, 640), 256),  # large objects: the least that is chosen
-        (24, (480, 640), 416),  # 20 px of 24 px, rounded up to a multiple of 32
+        (200, (480, 640), 192),  # large objects: the least that is chosen
+        (24, (480, 640), 384),  # 18 px of 24 px, rounded up to a multiple of 32
         (5, (1000, 1500), 640),  # never more than 640
         (5, (200, 300), 224),  # nor than the images have
         (30, (64, 64), 64),
@@ -54,7 +54,7 @@ def test_stuff_has_no_size() -> None:
 
 
 def test_crowds_are_not_asked() -> None:
-    assert fit_to_data(config(), data(200, (480, 640), crowd=5))[0].data.side == 256
+    assert fit_to_data(config(), data(200, (480, 640), crowd=5))[0].data.side == 192
 
 
 @pytest.mark.parametrize(("most", "wanted"), [(1, 60), (40, 60), (41, 80), (100, 160), (250, 300), (900, 900)])

@@ -92,8 +92,8 @@ def test_a_bad_step_is_named_and_left_out(tmp_path: Path, capsys: Any, how: str,
     assert told == [f"warning: step 2: {named} is not finite (images {ids}): the step is left out"]
     plain = run(tmp_path / "plain", (), steps=5, accumulate=accumulate)
     plain.fit()
-    for name, value in plain.plain.state_dict().items():
-        assert torch.equal(value, trainer.plain.state_dict()[name]), name
+    for name, value in plain.state.plain.state_dict().items():
+        assert torch.equal(value, trainer.state.plain.state_dict()[name]), name
     rows = list(csv.DictReader((tmp_path / "bad" / "metrics.csv").read_text().splitlines()))
     assert all(torch.tensor(float(row[f"loss/{name}"])).isfinite() for row in rows for name in ("boxes.giou", "labels.class"))
     saved = load_checkpoint(tmp_path / "bad" / "last.pt")
@@ -103,8 +103,8 @@ def test_a_bad_step_is_named_and_left_out(tmp_path: Path, capsys: Any, how: str,
 def test_pixels_that_are_not_finite_leave_no_trace_in_batch_norm(tmp_path: Path) -> None:
     trainer = run(tmp_path, (2,), pixels=True)
     trainer.fit()
-    assert all(value.isfinite().all() for value in trainer.plain.state_dict().values())
-    assert trainer.plain.backbone.norm.num_batches_tracked == 5
+    assert all(value.isfinite().all() for value in trainer.state.plain.state_dict().values())
+    assert trainer.state.plain.backbone.norm.num_batches_tracked == 5
 
 
 def test_bad_steps_in_a_row_end_the_run(tmp_path: Path) -> None:

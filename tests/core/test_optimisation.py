@@ -158,7 +158,7 @@ def test_decay_and_rate_are_those_of_the_settings_when_a_run_goes_on(tmp_path: P
     again = trainer_of(model(), tmp_path, steps=3, weight_decay=0.5, lr=0.125, backbone_lr=0.5)
     again.load()
     again.fit()
-    found = trained_how(again.optimizer.param_groups)
+    found = trained_how(again.state.optimizer.param_groups)
     assert found["encoder.layers.0.norm1.weight"] == (0.125, 0.0), "a norm must not begin to decay"
     assert found["backbone.norm.bias"] == (0.0625, 0.0)
     assert found["backbone.conv1.weight"] == (0.0625, 0.5)

@@ -1,0 +1,145 @@
+"""What changes from step to step, and travels in `last.pt`: weights, their average, the optimiser, where the run stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from queryvision.config import TrainSettings
+from queryvision.engine.checkpoint import load_resumable, load_weights, save_checkpoint
+from queryvision.engine.optimisation import AveragedWeights, backbone_body, freeze, parameter_groups
+from queryvision.engine.progress import LOGGED, Progress
+from queryvision.engine.randomness import random_state
+from queryvision.errors import CheckpointError, ConfigError
+from queryvision.model.query_model import QueryModel
+
+
+class RunState:
+    """The state of a training run in one process.
+
+    Args:
+        model: to be trained; moved to the accelerator's device.
+        settings: what is trained, and how fast.
+        accelerator: devices and precision.
+
+    Attributes:
+        plain: the model itself.
+        model: what a step runs, perhaps wrapped for several processes.
+        optimizer: Accelerate's, around AdamW.
+        average: of the weights, or None.
+        progress: where the run stands.
+        rng: generators of the checkpoint it was loaded from.
+    """
+
+    def __init__(self, model: QueryModel, settings: TrainSettings, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        model.to(accelerator.device)
+        untrained = [*settings.freeze, *([backbone_body(model)] if settings.backbone_lr == 0 else [])]
+        self.held = freeze(model, untrained)  # norms that must not go on counting
+        groups = parameter_groups(
+            model,
+            settings.lr,
+            weight_decay=settings.weight_decay,
+            backbone_lr=settings.backbone_lr,
+            offsets_lr=settings.offsets_lr,
+            norm_decay=settings.norm_decay,
+        )
+        self.own_groups = [{key: group[key] for key in ("lr", "weight_decay", "names")} for group in groups]
+        self.plain = model
+        self.average = AveragedWeights(model, settings.ema, settings.ema_warmup) if settings.ema else None
+        self.model, self.optimizer = accelerator.prepare(model, torch.optim.AdamW(groups, fused=True))
+        # Accelerate puts autocast around `forward`; here it stands around the training step, so that evaluation is float32.
+        model.__dict__.pop("forward", None)
+        self.progress, self.rng = Progress(), cast(dict[str, Any] | None, None)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All that are trained."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @property
+    def evaluated(self) -> QueryModel:
+        """The averaged weights, or the model itself where there is no average."""
+        return self.plain if self.average is None else cast(QueryModel, self.average.model)
+
+    def begin_step(self, factor: float) -> None:
+        """Training mode, and learning rates: their share `factor`."""
+        self.model.train()
+        for norm in self.held:
+            norm.eval()
+        for group, own in zip(self.optimizer.param_groups, self.own_groups, strict=True):
+            group["lr"] = own["lr"] * factor
+
+    def step(self) -> None:
+        """The optimiser's step, and the average's."""
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(self.plain)
+
+    def save(self, path: Path, header: dict[str, Any]) -> None:
+        """Writes `last.pt`; every process calls it, the first one writes.
+
+        Args:
+            path: of the file.
+            header: what every checkpoint says beside the weights.
+
+        Raises:
+            CheckpointError: it cannot be written; the file before it is untouched.
+        """
+        p = self.progress
+        sums = p.shared(self.accelerator)
+        if not self.accelerator.is_main_process:
+            return
+        content = {
+            **header,
+            "model": self.plain.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": p.step,
+            "metrics": p.best_metrics,
+            "rng": random_state(self.accelerator.device),
+            "log": {**{key: getattr(p, key) for key in LOGGED}, "sums": sums},
+        }
+        if self.accelerator.scaler is not None:
+            content["scaler"] = self.accelerator.scaler.state_dict()
+        if self.average is not None:
+            content |= {"ema": self.average.model.state_dict(), "ema_updates": self.average.updates}
+        save_checkpoint(path, content)
+
+    def load(self, path: Path, classes: dict[str, Any], steps: int) -> None:
+        """Takes over a `last.pt`.
+
+        Args:
+            path: of the file.
+            classes: of the data, as a checkpoint has them.
+            steps: of the whole run.
+
+        Raises:
+            CheckpointError: it is damaged, or was made with other classes, another model or another optimiser.
+            ConfigError: it is further than the run is to go.
+        """
+        state = load_resumable(path, classes)
+        load_weights(self.plain, state["model"], str(path))
+        try:
+            trained = [group.get("names") for group in state["optimizer"]["param_groups"]]
+            if trained != [group["names"] for group in self.own_groups]:
+                raise ValueError("the groups hold other parameters")
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path}: its optimiser trained other parts; keep the settings as they were") from error
+        if self.average is not None:
+            self.average.load(state.get("ema", state["model"]), state.get("ema_updates", 0))
+        for group, own in zip(self.optimizer.param_groups, self.own_groups, strict=True):
+            group["weight_decay"] = own["weight_decay"]
+        if self.accelerator.scaler is not None and "scaler" in state:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if state["step"] > steps:
+            raise ConfigError(f"{path}: the run is already at step {state['step']}; --steps {steps} must be at least that")
+        self.progress = Progress(step=state["step"], best_metrics=state["metrics"], **state["log"])
+        share = float(self.accelerator.is_main_process)  # they are those of all processes
+        self.progress.sums = {key: share * value.to(self.accelerator.device) for key, value in self.progress.sums.items()}
+        self.rng = state["rng"]
