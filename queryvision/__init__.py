@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from queryvision.commands import evaluate as evaluate
     from queryvision.commands import predict as predict
     from queryvision.inference.predictor import load as load
+    from queryvision.profiling import profile as profile
     from queryvision.results import Result as Result
     from queryvision.runs import train as train
     from queryvision.tracing import trace as trace
@@ -30,6 +31,7 @@ _HOMES = {
     "predict": "queryvision.commands",
     "convert": "queryvision.commands",
     "trace": "queryvision.tracing",
+    "profile": "queryvision.profiling",
     "Result": "queryvision.results",
 }
 __all__ = [*sorted(_HOMES), "__version__"]  # noqa: PLE0604

@@ -62,6 +62,29 @@ def train(
     run(task, config, resume=again, settings=set_ or (), **flags)
 
 
+@app.command()
+def profile(
+    task: Annotated[str | None, typer.Option(help="Which task; see `qv tasks`.")] = None,
+    config: Annotated[str | None, typer.Option(help="Name of a preset or a YAML file; see `qv config`.")] = None,
+    data: Annotated[str | None, typer.Option(help="Folder of the data set. Without: the embedded drawn scenes.")] = None,
+    steps: Annotated[int, typer.Option(help="Training steps that are measured.")] = 10,
+    batch_size: Annotated[int | None, typer.Option(help="Images a step.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Short side of the input in pixels.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that read images.")] = None,
+    set_: Set = None,
+    debug: Debug = False,
+) -> None:
+    """Measure where the time of a training step goes."""
+    from queryvision.profiling import profile as run
+
+    found = run(
+        task, config, data=data, steps=steps, batch_size=batch_size, image_size=image_size, precision=precision,
+        workers=workers, settings=set_ or (),
+    )  # fmt: skip
+    print("\n".join(found.lines()))
+
+
 @app.command(name="eval")
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint of ours.")],

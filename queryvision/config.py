@@ -47,6 +47,7 @@ class DataSettings(Settings):
     skip_empty: bool = Field(False, description="train on images with an object only")
     limit: int | None = Field(None, ge=1, description="use only so many training images, and evaluate on the same ones")
     workers: int = Field(0, ge=0, description="processes that read images; 0: the training process itself")
+    cache: str | None = Field(None, min_length=1, description="folder that keeps decoded images for all processes and runs")
     strict: bool = Field(False, description="refuse a data set with a bad annotation instead of dropping it")
 
     @property
@@ -84,6 +85,7 @@ class TrainSettings(Settings):
     drop_at: float = Field(2 / 3, gt=0, le=1, description="step: share of all steps after which the rate is a tenth")
     ema: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights, which are evaluated; 0: no average")
     ema_warmup: int = Field(200, ge=1, description="steps over which the decay rises")
+    recompute: list[str] = Field([], description="parts computed once more in the backward pass, for memory: backbone, encoder")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the forward pass; losses are always fp32")
     devices: int | None = Field(None, ge=1, description="processes, a GPU each; empty: as many as a launcher started, else 1")
     seed: int = Field(0, ge=0, description="of weights, order, augmentation and dropout")

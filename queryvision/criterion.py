@@ -14,6 +14,7 @@ from torch import Tensor
 from queryvision.head import Head, Steering
 from queryvision.matching import match
 from queryvision.structures import Answer, Facts, Losses, Match, Outputs, Round, Targets
+from queryvision.timing import Timer, untimed
 
 Normalisers = Mapping[tuple[str, str], float]
 """{(query group, head): what the head's losses are divided by}."""
@@ -26,12 +27,17 @@ class Criterion:
         heads: {name: head}.
         steering: its `quality` is the order in which heads are asked how good a pair is.
         round_weights: {query group: factor} on all losses of its rounds; 1 where nothing is said.
+        timer: stands around the part `assignment`.
     """
 
     def __init__(
-        self, heads: Mapping[str, Head], steering: Steering | None = None, round_weights: Mapping[str, float] | None = None
+        self,
+        heads: Mapping[str, Head],
+        steering: Steering | None = None,
+        round_weights: Mapping[str, float] | None = None,
+        timer: Timer = untimed,
     ) -> None:
-        self.heads = heads
+        self.heads, self.timer = heads, timer
         self.quality = (steering or Steering()).quality
         self.round_weights = dict(round_weights or {})
 
@@ -65,7 +71,8 @@ class Criterion:
         """
         with torch.autocast(targets.valid.device.type, enabled=False):
             rounds = [_in_float32(r) for r in outputs.rounds]
-            by_stage, united = match(rounds, self.heads, targets, generators)
+            with self.timer("assignment"):
+                by_stage, united = match(rounds, self.heads, targets, generators)
             details = []
             shares = {"stage": _main_share(rounds, by_stage), "union": _main_share(rounds, united)}
             for round, own, union in zip(rounds, by_stage, united, strict=True):

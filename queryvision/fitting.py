@@ -12,7 +12,7 @@ from queryvision.data.coco import CocoDataset
 AUTO = "auto"
 SIDES = (192, 640)  # px; the least and the largest short side that is chosen
 STUFF = 256  # px; the short side where there is nothing but stuff, whose thin parts have no size of their own
-SMALL = 18  # px, what a small object should measure at the network's input: more than two cells of stride 8
+SMALL = 20  # px, what a small object should measure at the network's input: more than two cells of stride 8
 QUERIES = (60, 300)  # least and most that are chosen
 
 

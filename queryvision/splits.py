@@ -12,6 +12,7 @@ from queryvision.data.classes import ClassMap
 from queryvision.data.coco import CocoDataset, check_same_classes, open_dataset, open_file
 from queryvision.data.layout import find_annotations
 from queryvision.data.loader import evaluation_loader
+from queryvision.data.pixel_cache import PixelCache
 from queryvision.data.scenes import make_scenes
 from queryvision.data.transforms import evaluation_transform
 from queryvision.data.union import unite
@@ -26,6 +27,7 @@ def open_splits(config: Config, task: Task) -> tuple[CocoDataset, CocoDataset]:
 
     Raises:
         DataError: they cannot be read, are empty, or disagree about their classes.
+        ConfigError: there is no room for the cache.
     """
     data = config.data
     root = str(make_scenes()) if data.path is None else data.path
@@ -40,6 +42,9 @@ def open_splits(config: Config, task: Task) -> tuple[CocoDataset, CocoDataset]:
         train = train.subset(np.flatnonzero(train.num_objects).tolist())
     if not train.max_objects:
         raise DataError(f"{train.file}: holds no object to learn from in {len(train)} images; `qv data check {root}` tells why")
+    if data.cache:
+        for split in (train, val):
+            split.cache = PixelCache(data.cache, split.images.names, split.sizes)
     return train, val
 
 

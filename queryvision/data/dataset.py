@@ -18,6 +18,7 @@ from queryvision.data.follow import select
 from queryvision.data.images import is_turned, read_image
 from queryvision.data.packed import ImageTable, Objects
 from queryvision.data.panoptic import SegmentMaps
+from queryvision.data.pixel_cache import PixelCache
 from queryvision.data.sample import Annotations, Sample
 from queryvision.data.segmentation import rasterise
 from queryvision.errors import DataError
@@ -45,6 +46,7 @@ class CocoDataset:
         images: ids, names, sizes and covered classes.
         folders: where the images are looked for.
         parts: {task: the data set of its file}, where several files were united; empty: it is one file.
+        cache: of decoded images; None at first.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class CocoDataset:
         self.images = images
         self.folders = layout.image_folders(root, split, file) if folders is None else folders
         self.parts = dict(parts or {})
+        self.cache: PixelCache | None = None
 
     def __len__(self) -> int:
         """Number of images."""
@@ -109,13 +112,16 @@ class CocoDataset:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         path = self.path(index)
-        image = read_image(path)
         height, width = (int(side) for side in self.sizes[index])
+        kept = None if self.cache is None else self.cache.get(index, path)
+        image = read_image(path) if kept is None else kept
         if image.shape[:2] != (height, width):
             turned = image.shape[:2] == (width, height) and is_turned(path)
             cause = "the file carries an EXIF rotation: store the picture turned, or" if turned else "please"
             sizes = f"is {image.shape[1]} x {image.shape[0]} (width x height), {self.file} says {width} x {height}"
             raise DataError(f"{path}: {sizes}; {cause} correct the json")
+        if self.cache is not None and kept is None:
+            self.cache.put(index, path, image)
         return Sample(image, self.annotations(index), int(self.image_ids[index]), (height, width), str(path))
 
     def annotations(self, index: int) -> Annotations:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import multiprocessing
-from torch.multiprocessing import ProcessContext, ProcessExitedException, ProcessRaisedException
+from torch.multiprocessing.spawn import ProcessContext, ProcessExitedException, ProcessRaisedException, start_processes
 
 from queryvision.errors import ConfigError, QueryVisionError
 
@@ -42,7 +42,7 @@ def launch(function: Callable[..., Any], given: Mapping[str, Any], devices: int)
     told = context.SimpleQueue()
     arguments = (function, dict(given), devices, _free_port(), told)
     # What is not `spawn` would share locks and GPU contexts with this process.
-    processes = multiprocessing.start_processes(_child, arguments, devices, join=False, start_method="spawn")
+    processes = start_processes(_child, arguments, devices, join=False, start_method="spawn")  # type: ignore[no-untyped-call]
     try:
         with _passing_on(processes):
             while not processes.join(timeout=1, grace_period=GRACE):

@@ -46,18 +46,30 @@ def freeze(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
         elif name in parameters:
             parameters[name].requires_grad_(False)
         else:
-            raise ConfigError(_no_part(modules, name))
+            raise ConfigError(_no_part(modules, name, "train.freeze"))
     return held
 
 
-def _no_part(modules: Mapping[str, nn.Module], name: str) -> str:
+def part_of(model: nn.Module, name: str, setting: str) -> nn.Module:
+    """A module by its path from the top of the model.
+
+    Raises:
+        ConfigError: there is none; the setting and the valid names are told.
+    """
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    if not name or name not in modules:
+        raise ConfigError(_no_part(modules, name, setting))
+    return modules[name]
+
+
+def _no_part(modules: Mapping[str, nn.Module], name: str, setting: str) -> str:
     """Says where a dotted name goes wrong and what there is instead."""
     known, parts = "", name.split(".")
     while len(parts) > 1 and ".".join((*([known] if known else []), parts[0])) in modules:
         known = ".".join((*([known] if known else []), parts.pop(0)))
     inside = modules[known]
     below = [key for key, _ in (*inside.named_children(), *inside.named_parameters(recurse=False))]
-    text = f"train.freeze: the model has no part '{name}'; {nearest(parts[0], below)}"
+    text = f"{setting}: the model has no part '{name}'; {nearest(parts[0], below)}"
     top = ", ".join(key for key, _ in modules[""].named_children())
     return f"{text} in '{known}'; parts of the model: {top}" if known else text
 

@@ -14,6 +14,7 @@ from queryvision.engine.checkpoint import load_resumable, load_weights, save_che
 from queryvision.engine.optimisation import AveragedWeights, backbone_body, freeze, parameter_groups
 from queryvision.engine.progress import LOGGED, Progress
 from queryvision.engine.randomness import random_state
+from queryvision.engine.recomputation import recompute
 from queryvision.errors import CheckpointError, ConfigError
 from queryvision.model.query_model import QueryModel
 
@@ -51,6 +52,7 @@ class RunState:
         self.own_groups = [{key: group[key] for key in ("lr", "weight_decay", "names")} for group in groups]
         self.plain = model
         self.average = AveragedWeights(model, settings.ema, settings.ema_warmup) if settings.ema else None
+        recompute(model, settings.recompute, self.held)  # not in the average, which is only evaluated
         self.model, self.optimizer = accelerator.prepare(model, torch.optim.AdamW(groups, fused=True))
         # Accelerate puts autocast around `forward`; here it stands around the training step, so that evaluation is float32.
         model.__dict__.pop("forward", None)
@@ -75,9 +77,12 @@ class RunState:
             group["lr"] = own["lr"] * factor
 
     def step(self) -> None:
-        """The optimiser's step, and the average's."""
+        """The optimiser's step."""
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def follow(self) -> None:
+        """The average takes in the new weights."""
         if self.average is not None:
             self.average.update(self.plain)
 

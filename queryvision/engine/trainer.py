@@ -31,6 +31,7 @@ from queryvision.engine.state import RunState
 from queryvision.engine.stopping import Asked, Stopped, listening
 from queryvision.model.query_model import QueryModel
 from queryvision.structures import Batch
+from queryvision.timing import Timer, untimed
 
 
 class Trainer:
@@ -48,6 +49,7 @@ class Trainer:
         folder: of the run.
         header: what every checkpoint says beside the weights: task, config, classes.
         accelerator: devices and precision; None: made from the settings.
+        timer: stands around the parts of a step: data, transfer, forward, loss, backward, optimiser, average; and evaluation.
     """
 
     def __init__(
@@ -63,9 +65,10 @@ class Trainer:
         folder: Path,
         header: dict[str, Any],
         accelerator: Accelerator | None = None,
+        timer: Timer = untimed,
     ) -> None:
         self.accelerator = accelerator or make_accelerator(settings)
-        self.settings, self.steps, self.steps_per_epoch = settings, steps, steps_per_epoch
+        self.settings, self.steps, self.steps_per_epoch, self.timer = settings, steps, steps_per_epoch, timer
         self.folder, self.header = folder, header
         self.criterion, self.batches, self.evaluate, self.main_metric = criterion, batches, evaluate, main_metric
         self.state = RunState(model, settings, self.accelerator)
@@ -115,7 +118,8 @@ class Trainer:
         began = time.perf_counter()
         s = self.settings
         self.state.begin_step(lr_factor(step, self.steps, s.schedule, s.warmup, s.flat, s.final, s.drop_at))
-        waiting = [next(batches) for _ in range(s.accumulate)]
+        with self.timer("data"):
+            waiting = [next(batches) for _ in range(s.accumulate)]
         normalisers = self._normalisers(waiting)
         self.health.begin()
         losses: dict[str, Tensor] = {}
@@ -125,11 +129,14 @@ class Trainer:
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.state.model):
                 for key, value in self._accumulate(batch, step, normalisers).items():
                     losses[key] = losses[key] + value if key in losses else value
-        norm = self.accelerator.clip_grad_norm_(self.state.parameters, s.clip or math.inf)
-        bad = self.health.end(step + 1, norm, losses, [i for batch in waiting for i in batch.targets.image_ids])
-        if self.accelerator.scaler is None:  # else it says so itself
-            self.state.optimizer.optimizer.found_inf = bad
-        self.state.step()
+        with self.timer("optimiser"):
+            norm = self.accelerator.clip_grad_norm_(self.state.parameters, s.clip or math.inf)
+            bad = self.health.end(step + 1, norm, losses, [i for batch in waiting for i in batch.targets.image_ids])
+            if self.accelerator.scaler is None:  # else it says so itself
+                self.state.optimizer.optimizer.found_inf = bad
+            self.state.step()
+        with self.timer("average"):
+            self.state.follow()
         self.progress.step = step + 1
         self.progress.add(losses, bad)
         self.log.advance(step + 1, sum(len(b.images.pixels) for b in waiting) * self.accelerator.num_processes)
@@ -139,11 +146,14 @@ class Trainer:
         """Forward, losses and backward of one micro-batch; its losses by `head.term`, and their sum."""
         device = self.accelerator.device
         generators = image_generators(self.settings.seed, step, batch.targets.image_ids, device)
-        batch = batch.to(device)
-        with self.accelerator.autocast():
+        with self.timer("transfer"):
+            batch = batch.to(device)
+        with self.timer("forward"), self.accelerator.autocast():
             outputs = self.state.model(batch.images, batch.targets, generators=generators)
-        losses = self.criterion(outputs, batch.targets, normalisers, generators)
-        self.accelerator.backward(losses.total * self.accelerator.num_processes)
+        with self.timer("loss"):
+            losses = self.criterion(outputs, batch.targets, normalisers, generators)
+        with self.timer("backward"):
+            self.accelerator.backward(losses.total * self.accelerator.num_processes)
         return {"loss": losses.total.detach(), **losses.terms}
 
     def _normalisers(self, batches: list[Batch]) -> dict[tuple[str, str], float]:
@@ -213,7 +223,7 @@ class Trainer:
         began = time.perf_counter()
         model = self.state.evaluated
         device = self.accelerator.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with self.timer("evaluation"), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             metrics = self.evaluate(model)
         value = metrics.get(self.main_metric, 0.0)
         if self.progress.best is None or value > self.progress.best or math.isnan(self.progress.best):

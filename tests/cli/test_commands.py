@@ -21,10 +21,10 @@ import torch
 import typer
 import yaml
 from PIL import Image
-from tiny import Call
+from tiny import TINY, Call
 
 import queryvision
-from queryvision import cli, commands, config, describe, runs, tracing
+from queryvision import cli, commands, config, describe, profiling, runs, tracing
 from queryvision.assembly import resolve
 from queryvision.data.check import check
 from queryvision.data.classes import ClassMap
@@ -38,7 +38,7 @@ from queryvision.results import Result
 from queryvision.weights import FAMILIES, reader_of
 
 # ---------------------------------------------------------------------------------------------------- the face
-COMMANDS = {"train", "eval", "predict", "trace", "convert", "tasks", "config", "data"}
+COMMANDS = {"train", "profile", "eval", "predict", "trace", "convert", "tasks", "config", "data"}
 TRAIN_OPTIONS = {
     "--task", "--config", "--data", "--steps", "--epochs", "--batch-size", "--lr", "--image-size", "--weights", "--devices",
     "--precision", "--workers", "--seed", "--name", "--output", "--resume", "--strict", "--set", "--debug",
@@ -81,6 +81,7 @@ def test_help(call: Call) -> None:
 @pytest.mark.parametrize(
     ("face", "twin", "renamed"),
     [
+        (cli.profile, profiling.profile, {"set_": "settings"}),
         (cli.evaluate, commands.evaluate, {"json": "quiet"}),  # printing is the command line's matter, keeping quiet is not
         (cli.predict, commands.predict, {}),
         (cli.trace, tracing.trace, {}),
@@ -102,6 +103,9 @@ def test_every_command_has_a_python_twin(
     if twin is describe.describe:  # without a name the command lists, and no setting is an empty list
         assert (mine["name"], mine["settings"]) == (None, None)
         mine |= {"name": ..., "settings": ()}
+    if twin is profiling.profile:
+        assert mine.pop("settings") is None
+        mine["settings"] = ()
     if twin is make_scenes:  # None: the function's own default
         mine |= {name: theirs[name] for name in ("train", "val", "size") if mine[name] is None}
     assert mine == theirs
@@ -113,6 +117,24 @@ def test_train_has_a_python_twin() -> None:
     assert all(default in (None, False, ()) for default in theirs.values())
     assert all(default is None for name, default in mine.items() if name not in ("strict", "debug"))
     assert all(name in config.Config.model_fields or "." in name for name in runs.FLAGS.values())
+
+
+def test_profile_adds_up_and_leaves_nothing(
+    call: Call, drawn_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = profiling.profile(
+        data=drawn_once, steps=2, batch_size=2, image_size=64, settings=["model.num_queries=15", "train.accumulate=2"]
+    )
+    assert list(found.parts) == [*profiling.PARTS, "rest"]
+    took = {name for name, seconds in found.parts.items() if seconds > 1e-4}
+    assert took >= {"data", "forward", "assignment", "loss", "backward", "optimiser", "average"}
+    assert found.images == 4 and found.evaluation > 0 and found.memory > 2**20
+    shares = [float(line.split()[3].rstrip("%")) for line in found.lines()[: len(found.parts)]]
+    assert sum(shares) == pytest.approx(100, abs=1)
+    done = call("profile", "--data", drawn_once, *TINY[:-2], "--steps", "1")
+    assert done.code == 0 and "images/s" in done.out and "peak memory" in done.out
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_tasks(call: Call) -> None:

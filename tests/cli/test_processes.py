@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from subprocess import PIPE
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 from tiny import TINY, Call
 
 from queryvision.config import load_config
+from queryvision.engine.checkpoint import load_checkpoint
 from queryvision.splits import evaluate_model
 
 SMALL = ("--image-size", "64", "--set", "model.num_queries=10")
@@ -27,6 +31,8 @@ def test_an_evaluation_of_two_processes_is_that_of_one(
 ) -> None:
     """To the last digit, also where one of them has nothing to do."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "queryvision.cli"]
+    if size == 2:  # both ways to start them
+        launcher, words = [sys.executable, "-m", "queryvision.cli"], (*words, "--devices", "2")
     given = ["train", "--task", task, "--data", scenes, *words, "--steps", "2", "--set", f"evaluation.batch_size={size}",
              "--set", "evaluation.pictures=0", "--output", tmp_path, "--name", "two"]  # fmt: skip
     done = subprocess.run([*launcher, *map(str, given)], capture_output=True, text=True, timeout=240)
@@ -55,3 +61,35 @@ def test_only_what_can_be_merged_is_shared(
     config = load_config("detection", None, {"data.image_size": 64})
     assert evaluate_model(none, task, none, data, config, second) == ({}, judge)
     assert seen[0][-2:] == share
+
+
+START = ("--steps", "400", "--set", "evaluation.pictures=0", "--set", "train.log_every=1", "--devices", "2")
+
+
+def test_a_signal_to_the_one_who_waits_ends_all_and_is_resumed_by_one(scenes: Path, tmp_path: Path, call: Call) -> None:
+    """The launcher is asked to stop, the processes save; a single process goes on with what two began."""
+    given = ["train", "--data", scenes, *TINY, *START, "--output", tmp_path, "--name", "two"]
+    process = subprocess.Popen([sys.executable, "-m", "queryvision.cli", *map(str, given)], stdout=PIPE, stderr=PIPE, text=True)
+    table = tmp_path / "detection" / "two" / "metrics.csv"
+    deadline = time.monotonic() + 120
+    while not (table.exists() and len(table.read_text().splitlines()) > 2):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    step = load_checkpoint(table.with_name("last.pt"))["step"]
+    assert said == f"qv: SIGTERM: stopped after step {step}; go on with: qv train --resume {table.parent}\n"
+    more = ("--resume", table.parent, "--devices", "1", "--steps", str(step + 2))
+    assert call("train", *more).code == 0
+    assert load_checkpoint(table.with_name("last.pt"))["step"] == step + 2
+
+
+def test_what_one_process_meets_is_one_line(scenes: Path, tmp_path: Path) -> None:
+    """Its own, without a traceback, whatever the others say about the loss of it."""
+    command = [sys.executable, "-m", "queryvision.cli", "train", "--data", scenes, *TINY, *START, "--output", tmp_path / "a"]
+    for image in (scenes / "images").rglob("val*"):
+        image.write_bytes(b"")
+    done = subprocess.run([*map(str, command), "--set", "train.eval_every=1"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("qv: ") and len(done.stderr.splitlines()) == 1 and "val" in done.stderr

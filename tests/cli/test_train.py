@@ -150,7 +150,8 @@ def test_resume_without_a_run_is_an_error(scenes: Path, tmp_path: Path, qv: Run)
     assert done.returncode == 2 and "there is no run" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("name", [pytest.param("bccd", marks=pytest.mark.slow), "raccoon"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bccd", "raccoon"])
 def test_the_loss_falls_on_real_data(name: str, real_data, tmp_path: Path) -> None:
     folder = queryvision.train(
         "detection", data=str(real_data(name)), steps=40, batch_size=4, image_size=128, output=str(tmp_path),

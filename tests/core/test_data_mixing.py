@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from queryvision import runs
+from queryvision import run as run_module
 from queryvision.config import Config
 from queryvision.data import mixing
 from queryvision.data.classes import ClassMap
@@ -478,14 +478,14 @@ def test_unreadable_others_are_replaced_and_named() -> None:
 
 def test_a_run_counts_batches_to_the_end_of_the_first_part(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
-    monkeypatch.setattr(runs, "train_loader", lambda *arguments: given.append(arguments) or [])
+    monkeypatch.setattr(run_module, "train_loader", lambda *arguments: given.append(arguments) or [])
     config = Config.model_validate({"data": {"mixup": 0.25, "strong_until": 0.5}, "train": {"steps": 11, "accumulate": 3}})
     run = SimpleNamespace(
         config=config, steps=11, accelerator=SimpleNamespace(device=torch.device("cpu")), train_data=None,
         classes=ClassMap((), (), ()),
         task=SimpleNamespace(needs=()), plan=None,
     )  # fmt: skip
-    runs._Run._batches(run, 0)  # type: ignore[arg-type]
+    run_module.Run._batches(run, 0)  # type: ignore[arg-type]
     first = given[0][-1]
     assert isinstance(first, FirstPart) and first.until == 18  # 5.5 steps, to the even number, of three batches each
     assert first.mixer == Mixer(128, 213, mixup=0.25)

@@ -36,7 +36,7 @@ def config(**data: Any) -> Config:
     ("side", "size", "wanted"),
     [
         (200, (480, 640), 192),  # large objects: the least that is chosen
-        (24, (480, 640), 384),  # 18 px of 24 px, rounded up to a multiple of 32
+        (24, (480, 640), 416),  # 20 px of 24 px, rounded up to a multiple of 32
         (5, (1000, 1500), 640),  # never more than 640
         (5, (200, 300), 224),  # nor than the images have
         (30, (64, 64), 64),
