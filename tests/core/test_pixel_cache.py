@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +37,9 @@ def read_all(data: CocoDataset) -> None:
 
 def test_an_image_is_decoded_once(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, cached = opened(scenes, None), opened(scenes, tmp_path / "new" / "cache")
-    read = multiprocessing.get_context("fork").Process(target=read_all, args=(pickle.loads(pickle.dumps(cached)),))
+    read = multiprocessing.get_context("spawn").Process(target=read_all, args=(cached,))
     read.start()
-    read.join()
+    read.join(60)
     assert read.exitcode == 0
     wanted = [plain.read(index) for index in range(4)]
     monkeypatch.setattr(dataset_module, "read_image", lambda path: pytest.fail(f"{path} is decoded again"))
