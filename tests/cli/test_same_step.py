@@ -72,7 +72,9 @@ def columns(state: dict[str, Any]) -> dict[str, tuple[torch.Tensor, torch.Tensor
     return {name: (moments[index]["exp_avg"].double(), state["model"][name].double()) for index, name in enumerate(names)}
 
 
-@pytest.mark.parametrize("task", ["detection", pytest.param("instance", marks=pytest.mark.slow), "keypoints"])
+@pytest.mark.parametrize(
+    "task", ["detection", *(pytest.param(name, marks=pytest.mark.slow) for name in ("instance", "keypoints"))]
+)
 def test_a_batch_may_be_spread(task: str, many: Path, tmp_path: Path) -> None:
     """In float32 losses agree to 1e-6 and gradients to 1e-5 of their length.
 

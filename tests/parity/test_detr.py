@@ -172,6 +172,7 @@ def test_convert_gives_a_checkpoint_of_ours_with_the_coco_classes(published_file
     torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_every_variant_converts(tmp_path: Path) -> None:
     import queryvision
 
