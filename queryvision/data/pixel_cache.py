@@ -5,6 +5,7 @@ The operating system keeps in memory what of it fits; a folder in `/dev/shm` is 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -78,7 +79,7 @@ class PixelCache:
 def _reserve(file: Path, total: int) -> None:
     """A file of zeros whose room on the disk is taken at once: a disk that fills up later would end the process by a signal."""
     if shutil.disk_usage(file.parent).free < total:
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as new:
