@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import signal
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from queryvision.data.collate import collate
-from queryvision.data.phases import FirstPart
+from queryvision.data.phases import Augment, FirstPart
 from queryvision.data.plan import BatchPlan
 from queryvision.data.sample import Sample
 from queryvision.errors import DataError
@@ -97,7 +97,7 @@ class Loader(Generic[T]):
 
 def train_loader(
     dataset: ReadableDataset,
-    transform: Callable[[Sample, int], Sample],
+    transform: Augment,
     num_classes: int,
     needs: Sequence[str],
     plan: BatchPlan,
@@ -112,7 +112,7 @@ def train_loader(
 
     Args:
         dataset: where the images come from.
-        transform: (sample, seed) -> sample.
+        transform: (sample, its seed, the batch's seed) -> sample.
         num_classes: C.
         needs: fields of the targets; see `collate`.
         plan: which images are in which step.
@@ -180,7 +180,7 @@ class _TrainSteps(Dataset[Any]):
     """Item i is the whole batch of step i, or the error that prevents it."""
 
     dataset: ReadableDataset
-    transform: Callable[[Sample, int], Sample]
+    transform: Augment
     num_classes: int
     needs: tuple[str, ...]
     plan: BatchPlan
@@ -192,8 +192,12 @@ class _TrainSteps(Dataset[Any]):
             skipped: list[str] = []
             read = partial(self._read, skipped)
             first = self.first_part if self.first_part and step < self.first_part.until else None
+            shared = self.plan.shared(step)
             for index, seed in self.plan.batch(step):
-                samples.append(first(index, seed, read, len(self.dataset)) if first else self.transform(read(index), seed))
+                if first:
+                    samples.append(first(index, seed, shared, read, len(self.dataset)))
+                else:
+                    samples.append(self.transform(read(index), seed, shared))
             return collate(samples, self.num_classes, self.needs, skipped)
         except DataError as error:
             return error

@@ -10,7 +10,8 @@ from queryvision.data.mixing import Mixer, Read
 from queryvision.data.sample import Sample
 from queryvision.data.transforms import longest_side, strong_transform, training_transform
 
-Augment = Callable[[Sample, int], Sample]
+Augment = Callable[[Sample, int, int], Sample]
+"""Of a sample, its own seed and the seed that it shares with its batch."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,10 @@ class FirstPart:
     transform: Augment
     mosaic_transform: Augment
 
-    def __call__(self, index: int, seed: int, read: Read, num_images: int) -> Sample:
-        """The sample of an item; the arguments are those of `Mixer`."""
+    def __call__(self, index: int, seed: int, shared: int, read: Read, num_images: int) -> Sample:
+        """The sample of an item; `shared` is the batch's seed, the other arguments are those of `Mixer`."""
         sample, tiled = self.mixer(index, seed, read, num_images)
-        return (self.mosaic_transform if tiled else self.transform)(sample, seed)
+        return (self.mosaic_transform if tiled else self.transform)(sample, seed, shared)
 
 
 def training_phases(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,17 +74,22 @@ class ShortSide(A.DualTransform):  # type: ignore[misc]
         longest: bound of the long side in px.
         framed: whether the result must not exceed what the image would become that the chain began with, however it was
             cropped since. Then images of similar shape share a batch with little padding, as without the crop.
+        together: whether all images of a batch get the same size, where they come from a training loader.
     """
 
     _targets = A.HorizontalFlip._targets
 
-    def __init__(self, sizes: Sequence[int], longest: int | None = None, framed: bool = False, p: float = 1.0) -> None:
+    def __init__(
+        self, sizes: Sequence[int], longest: int | None = None, framed: bool = False, together: bool = False, p: float = 1.0
+    ) -> None:
         super().__init__(p=p)
-        self.sizes, self.longest, self.framed = tuple(sizes), longest, framed
+        self.sizes, self.longest, self.framed, self.together = tuple(sizes), longest, framed, together
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
         """Draws the size."""
-        short, size = self.py_random.choice(self.sizes), (int(params["shape"][0]), int(params["shape"][1]))
+        shared = data["shared"] if self.together else None
+        chooser = self.py_random if shared is None else random.Random(shared)
+        short, size = chooser.choice(self.sizes), (int(params["shape"][0]), int(params["shape"][1]))
         if not self.framed:
             return {"size": resized_size(size, short, self.longest)}
         frame = resized_size(data["frame"], short, self.longest)

@@ -24,6 +24,7 @@ from queryvision.errors import ConfigError, nearest
 
 PRESETS = ("detr", "light", "strong", "lsj", "flip", "none")
 PUBLISHED_SIZE, PUBLISHED_LONGEST = 800, 1333  # px, DETR
+JITTER = (0.75, 0.875, 1.0)  # of the image size
 ZOOM_BOUND = 1.5  # of zoomed-out images, in image sizes; they are cropped afterwards
 
 
@@ -44,8 +45,13 @@ class Transform:
         self._chain = _compose(steps)
         self._unflipped = _compose([step for step in copy.deepcopy(list(steps)) if not isinstance(step, A.HorizontalFlip)])
 
-    def __call__(self, sample: Sample, seed: int = 0) -> Sample:
-        """Transforms a sample; the same seed gives the same sample.
+    def __call__(self, sample: Sample, seed: int = 0, shared: int | None = None) -> Sample:
+        """Transforms a sample; the same seeds give the same sample.
+
+        Args:
+            sample: to transform; it is not changed.
+            seed: of what is drawn for it alone.
+            shared: of what the images of a batch have in common, see `ShortSide`. None: nothing.
 
         Raises:
             ConfigError: keypoints were mirrored, but their pairs are not known.
@@ -54,6 +60,7 @@ class Transform:
         height, width = sample.image.shape[:2]
         data: dict[str, Any] = {"image": sample.image, "bboxes": _numbered(old), "keypoints": _points(old, height, width)}
         data["frame"] = (height, width)  # for steps that ask how large the image was before the others
+        data["shared"] = shared
         planes = _planes(old, (height, width))
         if len(planes):
             data["masks"] = planes
@@ -95,10 +102,10 @@ def training_transform(name: str, image_size: int, flip_pairs: FlipPairs | None 
     """What training images go through.
 
     Args:
-        name: "detr": flip, resize to one of eleven sizes, and half the time a crop in between, as published. "light":
-            flip, mild colour, mild scale, and a crop that keeps most objects. "strong": see `strong_transform`. "lsj":
-            flip and large-scale jitter (arXiv 2012.07177) as Mask2Former has it. "flip": mirrored half the time, else as
-            "none": resize only.
+        name: "detr": flip, resize to one of eleven sizes, and half the time a crop in between, as published. "light": flip,
+            mild colour, a crop that keeps most objects, and a mild scale that the images of a batch share. "strong": see
+            `strong_transform`. "lsj": flip and large-scale jitter (arXiv 2012.07177) as Mask2Former has it. "flip": mirrored
+            half the time, else as "none": resize only.
         image_size: largest short side in px; all of DETR's numbers scale with it (800 as published). Of "lsj" the largest side.
         flip_pairs: see `Transform`.
 
@@ -117,7 +124,7 @@ def training_transform(name: str, image_size: int, flip_pairs: FlipPairs | None 
     if name == "light":
         colour = A.ColorJitter(brightness=(0.8, 1.2), contrast=(0.8, 1.2), saturation=(0.8, 1.2), hue=(-0.02, 0.02), p=0.5)
         crop_some = RandomCrop(0.8, 1.0, relative=True, p=0.5)
-        return Transform([Flip(p=0.5), crop_some, ShortSide(_jittered(image_size), longest), colour], flip_pairs)
+        return Transform([Flip(p=0.5), crop_some, _jitter(image_size), colour], flip_pairs)
     if name == "strong":
         return strong_transform(image_size, flip_pairs)
     if name == "lsj":
@@ -131,7 +138,8 @@ def training_transform(name: str, image_size: int, flip_pairs: FlipPairs | None 
 def strong_transform(image_size: int, flip_pairs: FlipPairs | None = None, zoom: bool = True) -> Transform:
     """Zoom-out, IoU crop, flip, mild scale and photometric distortion, as RT-DETR (arXiv 2304.08069) has them.
 
-    Colours come last, when the image is small. The published recipe resizes to a square; here the aspect is kept.
+    Colours come last, when the image is small. As published, the images of a batch share their scale; the published recipe
+    resizes to a square, here the aspect is kept.
 
     Args:
         image_size: largest short side in px.
@@ -141,10 +149,8 @@ def strong_transform(image_size: int, flip_pairs: FlipPairs | None = None, zoom:
     Raises:
         ConfigError: the size is not positive.
     """
-    longest = longest_side(image_size)
     zooming = [ZoomOut(round(ZOOM_BOUND * image_size), p=0.5), IoUCrop(p=0.8)] if zoom else []
-    resize = ShortSide(_jittered(image_size), longest, framed=True)
-    return Transform([*zooming, Flip(p=0.5), resize, A.Sequential(_photometric(), p=0.5)], flip_pairs)
+    return Transform([*zooming, Flip(p=0.5), _jitter(image_size), A.Sequential(_photometric(), p=0.5)], flip_pairs)
 
 
 def evaluation_transform(image_size: int) -> EvaluationTransform:
@@ -165,8 +171,10 @@ def longest_side(image_size: int) -> int:
     return _scaled(PUBLISHED_LONGEST, image_size)
 
 
-def _jittered(image_size: int) -> list[int]:
-    return [max(1, round(image_size * share)) for share in (0.8, 0.85, 0.9, 0.95, 1.0)]
+def _jitter(image_size: int) -> ShortSide:
+    """Mild scales; as they are shared by a batch and never exceeded by a crop, what is small is also quicker."""
+    sizes = [max(1, round(image_size * share)) for share in JITTER]
+    return ShortSide(sizes, longest_side(image_size), framed=True, together=True)
 
 
 def _photometric() -> list[A.BasicTransform]:

@@ -190,6 +190,22 @@ def test_plan_groups_by_aspect_and_shuffles() -> None:
     assert BatchPlan(aspects, 4, seed=2).batch(0) != plan.batch(0)
 
 
+def test_a_batch_holds_similar_shapes_of_one_scale() -> None:
+    aspects = np.random.default_rng(0).uniform(1, 2, 400)
+    plan = BatchPlan(aspects, 4, seed=1)
+    spread = [float(np.ptp(aspects[[index for index, _ in plan.batch(step)]])) for step in range(plan.steps_per_epoch)]
+    assert np.median(spread) < 0.15  # 0.6 where four are drawn at random
+    data, shorts = Painted(), set()
+    for batch, _ in zip(train_loader(data, training_transform("light", 64), 3, (), data.plan(4)), range(24), strict=False):
+        sizes = batch.images.sizes.tolist()
+        whole = max(min(size) for size in sizes)  # a cropped image may be less, never more
+        assert whole in (48, 56, 64) and min(min(size) for size in sizes) > 0.6 * whole
+        shorts.add(whole)
+    assert len(shorts) == 3
+    shared = [BatchPlan(aspects, 4, seed=1, rank=rank, world=2).shared(7) for rank in range(2)]
+    assert shared == [plan.shared(7)] * 2 and plan.shared(8) != shared[0]
+
+
 def test_ranks_share_what_one_device_would_take() -> None:
     aspects = [1.5] * 13 + [0.5] * 5
     alone = BatchPlan(aspects, 6, seed=1)
