@@ -44,6 +44,7 @@ class DataSettings(Settings):
     strong_until: float = Field(
         0.9, ge=0, le=1, description="share of all steps with strong, mosaic, mixup and copy_blend, where they are on"
     )
+    multiple: int = Field(1, ge=1, description="sides of a training batch are multiples of so many px: fewer shapes to compile")
     skip_empty: bool = Field(False, description="train on images with an object only")
     limit: int | None = Field(None, ge=1, description="use only so many training images, and evaluate on the same ones")
     workers: int = Field(0, ge=0, description="processes that read images; 0: the training process itself")
@@ -68,7 +69,9 @@ class TrainSettings(Settings):
     steps: int | None = Field(None, ge=1, description="optimiser steps; give this or epochs")
     epochs: float | None = Field(None, gt=0, description="passes over the training images; give this or steps")
     min_steps: int = Field(0, ge=0, description="with epochs: at least so many steps, for small data sets")
-    batch_size: int = Field(8, ge=1, description="images a step and device")
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        8, description="images a step and device, or auto: as many as fit into memory, at most 64; lr stays as it is"
+    )
     accumulate: int = Field(1, ge=1, description="batches summed up for one optimiser step")
     lr: float = Field(1e-4, gt=0, description="AdamW learning rate of the transformer and the heads")
     backbone_lr: float = Field(0.1, ge=0, description="the backbone's learning rate as a share of lr; 0: not trained")
@@ -86,13 +89,26 @@ class TrainSettings(Settings):
     ema: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights, which are evaluated; 0: no average")
     ema_warmup: int = Field(200, ge=1, description="steps over which the decay rises")
     recompute: list[str] = Field([], description="parts computed once more in the backward pass, for memory: backbone, encoder")
+    compile: list[str] = Field([], description="parts run by torch.compile, for speed: backbone, encoder, decoder.layers")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the forward pass; losses are always fp32")
     devices: int | None = Field(None, ge=1, description="processes, a GPU each; empty: as many as a launcher started, else 1")
+    shard: bool = Field(False, description="share out weights, gradients and moments among the processes (FSDP2)")
     seed: int = Field(0, ge=0, description="of weights, order, augmentation and dropout")
     log_every: int = Field(20, ge=1, description="steps between lines of metrics.csv")
     eval_every: int = Field(200, ge=1, description="steps between evaluations; the last step is always evaluated")
     patience: int = Field(0, ge=0, description="evaluations in a row without a better main metric that end a run; 0: none do")
     save_every: int = Field(100, ge=1, description="steps between checkpoints; the last step is always saved")
+
+    @property
+    def images(self) -> int:
+        """The batch size, once it is chosen.
+
+        Raises:
+            ConfigError: it is still to be chosen.
+        """
+        if self.batch_size == "auto":
+            raise ConfigError("train.batch_size = auto is chosen when a training starts; give a number: --batch-size 8")
+        return self.batch_size
 
 
 class EvaluationSettings(Settings):

@@ -105,12 +105,16 @@ class SegmentMasks:
         """The same on the host."""
         return SegmentMasks(self.numbers.cpu(), self.map.cpu())
 
-    def rows(self) -> Tensor:
-        """(H,W) int64: 1 + the row of the object that a pixel belongs to, 0: nobody's, or of an object that is left out."""
+    def table(self) -> Tensor:
+        """(n,) int64: what the map says -> 1 + the row of the object, 0: nobody's, or of an object that is left out."""
         most = max((int(part.max()) for part in (self.map, self.numbers) if part.numel()), default=0)
         table = torch.zeros(most + 1, dtype=torch.int64, device=self.map.device)
         table[self.numbers] = torch.arange(1, len(self.numbers) + 1, device=self.map.device)
-        return table[self.map.long()]
+        return table
+
+    def rows(self) -> Tensor:
+        """(H,W) int64: 1 + the row of the object that a pixel belongs to, see `table`."""
+        return self.table()[self.map.long()]
 
     def build(self) -> Tensor:
         """All masks, (k,H,W) bool."""

@@ -114,7 +114,7 @@ def profile(
         clock.seconds.clear()
         with clock("evaluation"):
             trainer.evaluate(trainer.state.evaluated)
-        images = run.config.train.batch_size * run.config.train.accumulate
+        images = run.config.train.images * run.config.train.accumulate
         return Profile(parts, clock.seconds["evaluation"] / len(run.val_data), images, *_memory(run.accelerator.device))
 
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 
 from queryvision.assembly import build_model, header, load_model, resolve
-from queryvision.config import Config
+from queryvision.config import Config, changed
 from queryvision.criterion import Criterion
-from queryvision.data.loader import BatchPlan, train_loader
+from queryvision.data.loader import BatchPlan, collate, train_loader
 from queryvision.data.phases import training_phases
 from queryvision.data.skeletons import shared_flip_pairs
+from queryvision.data.transforms import evaluation_transform
+from queryvision.engine.memory import images_that_fit
 from queryvision.engine.processes import make_accelerator
 from queryvision.engine.run_log import summary
 from queryvision.engine.trainer import Trainer
@@ -64,16 +68,36 @@ class Run:
         for line in data_warnings(self.train_data, self.val_data):
             self.say(f"warning: {line}")
         self.classes = self.train_data.classes
+        if self.config.train.batch_size == "auto":
+            self.config = changed(self.config, {"train.batch_size": self._batch_size()})
         train, world = self.config.train, self.accelerator.num_processes
         self.plan = BatchPlan(
             self.train_data.sizes[:, 1] / self.train_data.sizes[:, 0],
-            train.batch_size,
+            train.images,
             train.seed,
             rank=self.accelerator.process_index,
             world=world,
         )
         self.steps_per_epoch = self.plan.steps_per_epoch / train.accumulate
         self.steps = train.steps or max(1, train.min_steps, round((train.epochs or 1) * self.steps_per_epoch))
+
+    def _batch_size(self) -> int:
+        """Images that fit into the memory of every process's device, tried with the fullest image at the largest size."""
+        side = self.config.data.side
+        model = build_model(self.config, self.task, self.classes).to(self.accelerator.device).train()
+        resize = evaluation_transform(side)
+        sample = resize(self.train_data.read(int(np.diff(self.train_data.objects.offsets).argmax())))
+        largest = max((resize.output_size((h, w)) for h, w in np.unique(self.train_data.sizes, axis=0).tolist()), key=math.prod)
+
+        def batch(count: int) -> Batch:
+            return collate([sample] * count, len(self.classes), self.task.needs)
+
+        criterion = Criterion(model.heads.heads(), model.steering)
+        scale = math.prod(largest) / math.prod(sample.image.shape[:2])
+        fitting = images_that_fit(model, criterion, batch, self.accelerator.device, scale)
+        images = min(gather_object([fitting]))
+        self.say(f"batch size {images}, as many images as fit into memory; the learning rate stays {self.config.train.lr}")
+        return int(images)
 
     def trainer(self, resume: bool) -> Trainer:
         """A trainer at step 0, or where the folder's checkpoint stands.
@@ -154,7 +178,16 @@ class Run:
         )
         pin = self.accelerator.device.type == "cuda"
         loader = train_loader(
-            self.train_data, transform, len(self.classes), self.task.needs, self.plan, start, data.workers, pin, first_part
+            self.train_data,
+            transform,
+            len(self.classes),
+            self.task.needs,
+            self.plan,
+            start,
+            data.workers,
+            pin,
+            first_part,
+            data.multiple,
         )
         return iter(loader)
 

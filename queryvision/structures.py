@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
 from typing import Any, Literal, Self
 
 import torch
@@ -138,22 +137,28 @@ class Memory:
     padding: Tensor | None  # (B,N) bool, True = padding; None: nothing is padded
     valid_ratios: Tensor  # (B,L,2) float32, unpadded share of (width, height) on each level, in whole cells or to the pixel
     pixels: PixelMap | None = None  # for masks; None: no head wants it
+    made: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)  # what was asked for already
 
-    @cached_property
+    @property
     def placed(self) -> Tensor:
         """Tokens with their positions (B,N,D), the keys of dense attention; made when first asked for."""
-        return self.tokens + self.positions
+        if "placed" not in self.made:
+            self.made["placed"] = self.tokens + self.positions
+        return self.made["placed"]
 
     def span(self, level: int) -> slice:
         """Where the tokens of a level stand along N."""
         sizes = [height * width for height, width in self.shapes]
         return slice(sum(sizes[:level]), sum(sizes[: level + 1]))
 
-    @cached_property
+    @property
     def canvas(self) -> Tensor:
         """Tokens laid out to be sampled as they are (`ops.sampling.lay_out`), padding zeroed, float32 or wider."""
-        tokens = self.tokens.to(torch.promote_types(self.tokens.dtype, torch.float32))
-        return lay_out(tokens if self.padding is None else tokens.masked_fill(self.padding[..., None], 0.0), self.shapes)
+        if "canvas" not in self.made:
+            tokens = self.tokens.to(torch.promote_types(self.tokens.dtype, torch.float32))
+            tokens = tokens if self.padding is None else tokens.masked_fill(self.padding[..., None], 0.0)
+            self.made["canvas"] = lay_out(tokens, self.shapes)
+        return self.made["canvas"]
 
 
 @dataclass

@@ -156,7 +156,7 @@ def main() -> None:
 
                 def mine(ours: Any = ours, workers: int = workers) -> Any:
                     batch = next(ours)
-                    return batch if workers else (batch.images.pixels - mean) / std
+                    return batch if workers else (batch.images.pixels - mean).div_(std)
 
                 rates: dict[str, list[float]] = {"ours": [], "peer": []}
                 for turn in range(given.rounds + 1):

@@ -9,7 +9,8 @@ DETR; `dino` has 900 queries and feed-forward parts of 2048, and its peer is a t
 Training step: forward, loss, backward, AdamW, at 2x480x640. Inference: 1x800x1066, of the last two 1x640x640; `laptop` adds the
 model of `qv train --data` at that size beside both peers. Assignment: costs and matching of 6 layers x 16 images x 100 queries
 x 20 targets against the published way (a matrix over all images, layer by layer). Peak memory is that of a process of its own
-which does three training steps: of all of it, and above what the libraries took before there was a model. Needs the test extra.
+which imports what its side needs and does three training steps: of all of it, and above what it took once its model was made.
+Needs the test extra.
 """
 
 from __future__ import annotations
@@ -26,15 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from scipy.optimize import linear_sum_assignment
 from step_models import CLASSES, REAL_TIME, Ours, Transformers, random_targets
-from torchvision.ops import generalized_box_iou
 
-from queryvision.matching import match
-from queryvision.ops.boxes import cxcywh_to_xyxy
 from queryvision.structures import Round, Stage, Targets
-from queryvision.tasks.detection import BoxHead, LabelHead
 
 
 def interleaved(name: str, ours: Callable[[], Any], peer: Callable[[], Any], rounds: int) -> dict[str, Any]:
@@ -54,6 +49,11 @@ def interleaved(name: str, ours: Callable[[], Any], peer: Callable[[], Any], rou
 
 def published_matching(logits: torch.Tensor, boxes: torch.Tensor, targets: Targets) -> None:
     """The published way (detr:models/matcher.py), as a plain sketch: one matrix over all images, layer by layer."""
+    from scipy.optimize import linear_sum_assignment
+    from torchvision.ops import generalized_box_iou
+
+    from queryvision.ops.boxes import cxcywh_to_xyxy
+
     labels, wanted = targets["labels"].flatten(), targets["boxes"].flatten(0, 1)
     for layer_logits, layer_boxes in zip(logits, boxes, strict=True):
         probability, found = layer_logits.flatten(0, 1).softmax(-1), layer_boxes.flatten(0, 1)
@@ -65,6 +65,9 @@ def published_matching(logits: torch.Tensor, boxes: torch.Tensor, targets: Targe
 
 def assignment(rounds: int) -> list[dict[str, Any]]:
     from transformers.loss.loss_for_object_detection import HungarianMatcher
+
+    from queryvision.matching import match
+    from queryvision.tasks.detection import BoxHead, LabelHead
 
     targets = random_targets(16, 20)
     logits, boxes = torch.randn(6, 16, 100, CLASSES + 1), torch.rand(6, 16, 100, 4) * 0.4 + 0.1
@@ -89,22 +92,20 @@ def assignment(rounds: int) -> list[dict[str, Any]]:
 
 
 def peak_memory(side: str, name: str) -> list[float]:
-    """Resident MB of a fresh process that does three training steps: the peak, and the peak above the libraries."""
+    """Resident MB of a fresh process that does three training steps: the peak, and what the steps added."""
     run = [sys.executable, __file__, "--child", side, "--model", name]
     printed = subprocess.run(run, check=True, capture_output=True, text=True).stdout
     return [float(number) for number in printed.split()[-2:]]
 
 
 def child(side: str, name: str) -> None:
-    for peer in ("Detr", "DeformableDetr", "RTDetrV2", "DFine"):  # both sides hold the same libraries
-        getattr(transformers, f"{peer}ForObjectDetection")
-    libraries = resident("VmRSS")
     model = Ours(name) if side == "ours" else Transformers(name)
+    made = resident("VmRSS")
     pixels, targets = torch.randn(2, 3, 480, 640), random_targets(2, 8)
     for _ in range(3):
         model.train(pixels, targets)
     peak = resident("VmHWM")  # getrusage would count what the parent held when it forked
-    print(peak, peak - libraries)
+    print(peak, peak - made)
 
 
 def resident(field: str) -> float:
@@ -139,7 +140,7 @@ def compare(model: str, only: Sequence[str], rounds: int) -> list[dict[str, Any]
         results.append(interleaved(f"{model}: inference 1x{height}x{width}", *looks, rounds))
     if "memory" in only:
         whole, above = zip(peak_memory("ours", model), peak_memory("peer", model), strict=True)
-        for what, (a, b) in (("peak memory of training steps", above), ("the same with the libraries", whole)):
+        for what, (a, b) in (("peak memory of training", whole), ("what the steps added", above)):
             print(f"{model + ': ' + what:52s} ours {a:8.0f} MB   peer {b:8.0f} MB   ratio {a / b:.2f}")
             results.append({"name": f"{model}: {what}", "ours_mb": a, "peer_mb": b, "ratio": a / b})
     return results

@@ -1,15 +1,15 @@
-"""The models that `benchmark_step.py` compares: ours, and those of `transformers` with the same sizes."""
+"""The models that `benchmark_step.py` compares: ours, and those of `transformers` with the same sizes.
+
+Either side's libraries are imported when its model is made, so that a process that measures memory holds only its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from queryvision.criterion import Criterion
 from queryvision.structures import ImageBatch, Targets
-from queryvision.tasks.detection import deformable_detr_r50, detr_r50, dfine_s, dfine_small, dino_r50, rtdetrv2_r18
 
 CLASSES = 91
 
@@ -44,14 +44,14 @@ def update(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-OURS: dict[str, Callable[[], torch.nn.Module]] = {
-    "detr": lambda: detr_r50(CLASSES),
-    "deformable": lambda: deformable_detr_r50(CLASSES, refine=True, two_stage=True),
-    "dino": lambda: dino_r50(CLASSES),
-    "dino without denoising": lambda: dino_r50(CLASSES, denoising=0),
-    "rtdetrv2": lambda: rtdetrv2_r18(CLASSES, frozen_norm=True),
-    "dfine": lambda: dfine_s(CLASSES, frozen_norm=True),
-    "laptop": lambda: dfine_small(CLASSES),
+OURS: dict[str, tuple[str, dict[str, Any]]] = {
+    "detr": ("detr_r50", {}),
+    "deformable": ("deformable_detr_r50", {"refine": True, "two_stage": True}),
+    "dino": ("dino_r50", {}),
+    "dino without denoising": ("dino_r50", {"denoising": 0}),
+    "rtdetrv2": ("rtdetrv2_r18", {"frozen_norm": True}),
+    "dfine": ("dfine_s", {"frozen_norm": True}),
+    "laptop": ("dfine_small", {}),
 }
 REAL_TIME = ("rtdetrv2", "dfine")
 """Models whose peers take images of sides that are multiples of 32 only, and train their whole backbone."""
@@ -61,7 +61,11 @@ class Ours:
     """A model of this project."""
 
     def __init__(self, name: str) -> None:
-        self.model: Any = OURS[name]()
+        from queryvision.criterion import Criterion
+        from queryvision.tasks import detection
+
+        builder, settings = OURS[name]
+        self.model: Any = getattr(detection, builder)(CLASSES, **settings)
         self.criterion = Criterion(self.model.heads.heads(), self.model.steering)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)

@@ -17,7 +17,9 @@ from queryvision.structures import Batch, ImageBatch, Targets
 ALWAYS = ("labels", "boxes", "areas")
 
 
-def collate(samples: Sequence[Sample], num_classes: int, needs: Iterable[str], skipped: Sequence[str] = ()) -> Batch:
+def collate(
+    samples: Sequence[Sample], num_classes: int, needs: Iterable[str], skipped: Sequence[str] = (), multiple: int = 1
+) -> Batch:
     """Pads samples at the right and the bottom to the largest of them, and targets to the largest number.
 
     Args:
@@ -25,6 +27,7 @@ def collate(samples: Sequence[Sample], num_classes: int, needs: Iterable[str], s
         num_classes: C; labels must be below.
         needs: fields of the targets beside labels, boxes and areas: "masks", "keypoints" or a key of `extra`.
         skipped: what to report in `Batch.skipped`.
+        multiple: of so many px are H and W.
 
     Returns:
         pixels (B,3,H,W) uint8, 0 in padding; once normalised, padding has to be set to 0 again. Targets: labels (B,T) int64,
@@ -37,7 +40,7 @@ def collate(samples: Sequence[Sample], num_classes: int, needs: Iterable[str], s
         ValueError: a sample lacks what is needed.
     """
     _check_labels(samples, num_classes)
-    images = _images(samples)
+    images = _images(samples, multiple)
     counts = tuple(len(sample.annotations.labels) for sample in samples)
     names = tuple(dict.fromkeys((*ALWAYS, *needs)))
     size = (images.pixels.shape[2], images.pixels.shape[3])
@@ -77,9 +80,9 @@ def _check_labels(samples: Sequence[Sample], num_classes: int) -> None:
             raise DataError(f"{sample.path}: annotation {id_} has {wrong}")
 
 
-def _images(samples: Sequence[Sample]) -> ImageBatch:
+def _images(samples: Sequence[Sample], multiple: int) -> ImageBatch:
     shapes = [sample.image.shape[:2] for sample in samples]
-    height, width = (max(side) for side in zip(*shapes, strict=True))
+    height, width = (-(-max(side) // multiple) * multiple for side in zip(*shapes, strict=True))
     pixels = torch.zeros(len(samples), 3, height, width, dtype=torch.uint8)
     padding = torch.ones(len(samples), height, width, dtype=torch.bool)
     for i, (sample, (h, w)) in enumerate(zip(samples, shapes, strict=True)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import signal
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -79,7 +80,18 @@ class Loader(Generic[T]):
         """
         items = iter(self.loader)
         _WORKERS.update(getattr(items, "_workers", ()))
-        for item in items:
+        if self.loader.num_workers and threading.current_thread() is threading.main_thread():
+            # PyTorch would raise what happened to a worker in the middle of a step; asked for the next item, it says so, too.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        while True:
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise DataError("a process that reads images died, perhaps for want of memory; try fewer --workers") from error
             if isinstance(item, DataError):
                 raise item
             yield item
@@ -105,6 +117,7 @@ def train_loader(
     workers: int = 0,
     pin_memory: bool = False,
     first_part: FirstPart | None = None,
+    multiple: int = 1,
 ) -> Loader[Batch]:
     """Endless training batches, the same ones for any number of workers and any place to start.
 
@@ -120,11 +133,12 @@ def train_loader(
         workers: loader processes; 0: in this one.
         pin_memory: whether batches lie in page-locked memory.
         first_part: what the first batches of a run go through instead of `transform`.
+        multiple: of so many px are the sides of a batch.
 
     Raises:
         DataError: (while iterating) ten images in a row cannot be read, or a label is out of range.
     """
-    steps = _TrainSteps(dataset, transform, num_classes, tuple(needs), plan, first_part)
+    steps = _TrainSteps(dataset, transform, num_classes, tuple(needs), plan, first_part, multiple)
     return Loader(_data_loader(steps, _From(start_step), workers, pin_memory), None)
 
 
@@ -185,6 +199,7 @@ class _TrainSteps(Dataset[Any]):
     needs: tuple[str, ...]
     plan: BatchPlan
     first_part: FirstPart | None
+    multiple: int
 
     def __getitem__(self, step: int) -> Batch | DataError:
         try:
@@ -198,7 +213,7 @@ class _TrainSteps(Dataset[Any]):
                     samples.append(first(index, seed, shared, read, len(self.dataset)))
                 else:
                     samples.append(self.transform(read(index), seed, shared))
-            return collate(samples, self.num_classes, self.needs, skipped)
+            return collate(samples, self.num_classes, self.needs, skipped, self.multiple)
         except DataError as error:
             return error
 

@@ -24,7 +24,7 @@ from queryvision.errors import ConfigError, nearest
 
 PRESETS = ("detr", "light", "strong", "lsj", "flip", "none")
 PUBLISHED_SIZE, PUBLISHED_LONGEST = 800, 1333  # px, DETR
-JITTER = (0.75, 0.875, 1.0)  # of the image size
+JITTER = (0.8, 0.85, 0.9, 0.95, 1.0)  # of the image size
 ZOOM_BOUND = 1.5  # of zoomed-out images, in image sizes; they are cropped afterwards
 
 
@@ -90,7 +90,7 @@ class EvaluationTransform(Transform):
     """
 
     def __init__(self, short: int, longest: int | None) -> None:
-        super().__init__([ShortSide([short], longest)], flip_pairs=())
+        super().__init__([ShortSide([short], longest, exact=True)], flip_pairs=())
         self.short, self.longest = short, longest
 
     def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -150,7 +150,7 @@ def strong_transform(image_size: int, flip_pairs: FlipPairs | None = None, zoom:
         ConfigError: the size is not positive.
     """
     zooming = [ZoomOut(round(ZOOM_BOUND * image_size), p=0.5), IoUCrop(p=0.8)] if zoom else []
-    return Transform([*zooming, Flip(p=0.5), _jitter(image_size), A.Sequential(_photometric(), p=0.5)], flip_pairs)
+    return Transform([*zooming, Flip(p=0.5), _jitter(image_size, framed=True), A.Sequential(_photometric(), p=0.5)], flip_pairs)
 
 
 def evaluation_transform(image_size: int) -> EvaluationTransform:
@@ -171,10 +171,10 @@ def longest_side(image_size: int) -> int:
     return _scaled(PUBLISHED_LONGEST, image_size)
 
 
-def _jitter(image_size: int) -> ShortSide:
-    """Mild scales; as they are shared by a batch and never exceeded by a crop, what is small is also quicker."""
+def _jitter(image_size: int, framed: bool = False) -> ShortSide:
+    """Mild scales, shared by a batch, so that small images are also quicker."""
     sizes = [max(1, round(image_size * share)) for share in JITTER]
-    return ShortSide(sizes, longest_side(image_size), framed=True, together=True)
+    return ShortSide(sizes, longest_side(image_size), framed=framed, together=True)
 
 
 def _photometric() -> list[A.BasicTransform]:

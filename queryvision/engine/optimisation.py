@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from queryvision.engine.sharding import whole
 from queryvision.errors import ConfigError, nearest
 from queryvision.model.query_model import QueryModel
 
@@ -176,7 +177,8 @@ class AveragedWeights:
         """Takes in the weights after an optimiser step; one fused operation over all of them."""
         self.updates += 1
         share = 1 - self.decay * (1 - math.exp(-self.updates / self.warmup))
-        mine, theirs = ([*m.parameters(), *m.buffers()] for m in (self.model, model))  # what two modules share counts once
+        mine = [*self.model.parameters(), *self.model.buffers()]  # what two modules share counts once
+        theirs = [*whole([*model.parameters()]), *model.buffers()]
         pairs = list(zip(mine, theirs, strict=True))
         averaged = [pair for pair in pairs if pair[0].is_floating_point()]
         torch._foreach_lerp_([own for own, _ in averaged], [value.detach() for _, value in averaged], share)

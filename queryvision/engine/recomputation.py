@@ -30,11 +30,11 @@ def recompute(model: nn.Module, names: Sequence[str], held: Sequence[nn.Module])
             raise ConfigError(
                 f"train.recompute: norms in '{name}' keep statistics, which would count twice; freeze them or leave it out"
             )
-        for block in _blocks(part):
+        for block in blocks(part):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def _blocks(part: nn.Module) -> Iterator[nn.Module]:
+def blocks(part: nn.Module) -> Iterator[nn.Module]:
     """What stands in its outermost lists; the part itself where there is none."""
     lists = [child for child in part.modules() if isinstance(child, nn.Sequential | nn.ModuleList)]
     inner = {id(module) for one in lists for module in list(one.modules())[1:]}

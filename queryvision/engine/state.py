@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from queryvision.config import TrainSettings
 from queryvision.engine.checkpoint import load_resumable, load_weights, save_checkpoint
+from queryvision.engine.compilation import compile_parts
 from queryvision.engine.optimisation import AveragedWeights, backbone_body, freeze, parameter_groups
 from queryvision.engine.progress import LOGGED, Progress
 from queryvision.engine.randomness import random_state
-from queryvision.engine.recomputation import recompute
+from queryvision.engine.recomputation import blocks, recompute
+from queryvision.engine.sharding import everywhere, like, optimizer_state_like, shard, share_buffers, whole
 from queryvision.errors import CheckpointError, ConfigError
 from queryvision.model.query_model import QueryModel
 
@@ -41,6 +45,13 @@ class RunState:
         model.to(accelerator.device)
         untrained = [*settings.freeze, *([backbone_body(model)] if settings.backbone_lr == 0 else [])]
         self.held = freeze(model, untrained)  # norms that must not go on counting
+        self.plain = model
+        self.average = AveragedWeights(model, settings.ema, settings.ema_warmup) if settings.ema else None
+        recompute(model, settings.recompute, self.held)  # not in the average, which is only evaluated
+        compile_parts(model, settings.compile)
+        if settings.shard:
+            inner = [block for block in blocks(model.backbone) if block is not model.backbone]
+            shard(model, inner, averaged=self.average is not None)
         groups = parameter_groups(
             model,
             settings.lr,
@@ -50,10 +61,8 @@ class RunState:
             norm_decay=settings.norm_decay,
         )
         self.own_groups = [{key: group[key] for key in ("lr", "weight_decay", "names")} for group in groups]
-        self.plain = model
-        self.average = AveragedWeights(model, settings.ema, settings.ema_warmup) if settings.ema else None
-        recompute(model, settings.recompute, self.held)  # not in the average, which is only evaluated
-        self.model, self.optimizer = accelerator.prepare(model, torch.optim.AdamW(groups, fused=True))
+        self.model: nn.Module = model if settings.shard else accelerator.prepare(model)
+        self.optimizer = accelerator.prepare(torch.optim.AdamW(groups, fused=True))
         # Accelerate puts autocast around `forward`; here it stands around the training step, so that evaluation is float32.
         model.__dict__.pop("forward", None)
         self.progress, self.rng = Progress(), cast(dict[str, Any] | None, None)
@@ -68,6 +77,13 @@ class RunState:
         """The averaged weights, or the model itself where there is no average."""
         return self.plain if self.average is None else cast(QueryModel, self.average.model)
 
+    def gathering(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Stands around a micro-batch: gradients of all processes meet after the last one of a step."""
+        if isinstance(self.plain, FSDPModule):
+            self.plain.set_requires_gradient_sync(last)
+            return contextlib.nullcontext()
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
+
     def begin_step(self, factor: float) -> None:
         """Training mode, and learning rates: their share `factor`."""
         self.model.train()
@@ -76,13 +92,22 @@ class RunState:
         for group, own in zip(self.optimizer.param_groups, self.own_groups, strict=True):
             group["lr"] = own["lr"] * factor
 
-    def step(self) -> None:
-        """The optimiser's step."""
+    def clipped(self, limit: float) -> Tensor:
+        """Shortens the gradient to `limit` at most; returns the norm () it had, in all processes together."""
+        norm: Tensor = whole(self.accelerator.clip_grad_norm_(self.parameters, limit))
+        return norm
+
+    def step(self, bad: Tensor) -> None:
+        """The optimiser's step, unless `bad` () is 1."""
+        if self.accelerator.scaler is None:  # else it says so itself
+            self.optimizer.optimizer.found_inf = everywhere(bad, self.parameters[0])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def follow(self) -> None:
         """The average takes in the new weights."""
+        if isinstance(self.plain, FSDPModule):
+            share_buffers(self.plain)
         if self.average is not None:
             self.average.update(self.plain)
 
@@ -98,12 +123,13 @@ class RunState:
         """
         p = self.progress
         sums = p.shared(self.accelerator)
+        weights, moments = whole(self.plain.state_dict()), whole(self.optimizer.state_dict())
         if not self.accelerator.is_main_process:
             return
         content = {
             **header,
-            "model": self.plain.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": weights,
+            "optimizer": moments,
             "step": p.step,
             "metrics": p.best_metrics,
             "rng": random_state(self.accelerator.device),
@@ -128,12 +154,13 @@ class RunState:
             ConfigError: it is further than the run is to go.
         """
         state = load_resumable(path, classes)
-        load_weights(self.plain, state["model"], str(path))
+        own = self.plain.state_dict()
+        load_weights(self.plain, {k: like(v, own[k]) if k in own else v for k, v in state["model"].items()}, str(path))
         try:
             trained = [group.get("names") for group in state["optimizer"]["param_groups"]]
             if trained != [group["names"] for group in self.own_groups]:
                 raise ValueError("the groups hold other parameters")
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(optimizer_state_like(state["optimizer"], self.parameters))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path}: its optimiser trained other parts; keep the settings as they were") from error
         if self.average is not None:

@@ -6,7 +6,6 @@ so accumulation is done here (Accelerate would divide again) and the loss is mul
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from queryvision.engine.randomness import image_generators, set_random_state
 from queryvision.engine.run_log import RunLog
 from queryvision.engine.state import RunState
 from queryvision.engine.stopping import Asked, Stopped, listening
+from queryvision.errors import DataError
 from queryvision.model.query_model import QueryModel
 from queryvision.structures import Batch
 from queryvision.timing import Timer, untimed
@@ -108,7 +108,12 @@ class Trainer:
                         )
                         self._save()
                         break
-                    self._step(step, batches)
+                    try:
+                        self._step(step, batches)
+                    except DataError:  # met before anything of the step was done
+                        if self.accelerator.num_processes == 1:  # else the others wait elsewhere
+                            self._save()
+                        raise
                     self._after(step + 1)
         finally:
             self.log.close()
@@ -126,15 +131,13 @@ class Trainer:
         for index, batch in enumerate(waiting):
             self._report_skipped(batch)
             last = index == len(waiting) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.state.model):
+            with self.state.gathering(last):
                 for key, value in self._accumulate(batch, step, normalisers).items():
                     losses[key] = losses[key] + value if key in losses else value
         with self.timer("optimiser"):
-            norm = self.accelerator.clip_grad_norm_(self.state.parameters, s.clip or math.inf)
+            norm = self.state.clipped(s.clip or math.inf)
             bad = self.health.end(step + 1, norm, losses, [i for batch in waiting for i in batch.targets.image_ids])
-            if self.accelerator.scaler is None:  # else it says so itself
-                self.state.optimizer.optimizer.found_inf = bad
-            self.state.step()
+            self.state.step(bad)
         with self.timer("average"):
             self.state.follow()
         self.progress.step = step + 1

@@ -1,6 +1,6 @@
 """Collects the segments of images and scores them by panoptic quality and mean IoU (`panoptic_quality`).
 
-Letters: C categories of the ground truth, k segments of an image, H, W pixels.
+Letters: C categories of the ground truth, k segments of an image, H, W pixels, r runs of them.
 """
 
 from __future__ import annotations
@@ -9,18 +9,29 @@ import contextlib
 import io
 import tempfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 
 from queryvision.data.classes import ClassMap
 from queryvision.errors import DataError
 from queryvision.evaluation.coco import category_ids
 from queryvision.evaluation.coco_metrics import Backend, resolve
 from queryvision.evaluation.panoptic_files import describe, occupied, read_ids, segments_of, write_ids, write_json
-from queryvision.evaluation.panoptic_quality import EVENT, Array, Integers, contingency, judge_pixels, judge_segments, summary
+from queryvision.evaluation.panoptic_quality import (
+    EVENT,
+    Array,
+    Integers,
+    contingency,
+    judge_pixels,
+    judge_segments,
+    runs,
+    summary,
+)
 from queryvision.inference.drawing import segment_colors
 from queryvision.results import Result
 
@@ -33,8 +44,17 @@ class ImageSegments(TypedDict):
     events: Array  # (e,5), see `judge_segments`
     pixels: Integers  # (m,3), see `judge_pixels`
     segments: list[Record]  # k rows of `segments_info`
-    size: tuple[int, int]  # H, W
-    map: bytes  # compressed (H,W) uint16: 1 + the number of a segment, or 0
+    size: tuple[int, ...]  # H, W
+    map: bytes  # compressed (2,r) uint32: of each run 1 + the number of a segment, or 0; and its pixels
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """An image in runs."""
+
+    size: tuple[int, ...]  # H, W
+    truth: NDArray[Any] | None  # (r,) ids of the ground truth, if it describes the image
+    pixels: Integers  # (r,)
 
 
 class PanopticEvaluator:
@@ -91,15 +111,17 @@ class PanopticEvaluator:
             return
         if image_id not in self._ids:
             raise DataError(f"image {image_id} is not in the ground truth; evaluate on the split that the annotations describe")
-        columns = self._column[result.labels.cpu().numpy()]
-        rows, kept = occupied(segments_of(result), columns < len(self.classes))
+        masks, columns = segments_of(result).cpu(), self._column[result.labels.cpu().numpy()]
+        maps = [masks.map.numpy(), *([result.maps["semantic"].cpu().numpy()] if "semantic" in result.maps else [])]
+        (numbers, *classes), cut = self._cut(image_id, maps)
+        rows, kept = occupied(masks.table().numpy()[numbers], columns < len(self.classes))
         found = columns[kept]
-        semantic = np.append(found, len(self.classes))[rows - 1]
-        if "semantic" in result.maps:
-            semantic = self._column[result.maps["semantic"].cpu().numpy()]  # -1 is the last, none
-        row = self._judge(image_id, rows, found, semantic)
+        # -1 is the last, none
+        semantic = self._column[classes[0]] if classes else np.append(found, len(self.classes))[rows - 1]
+        row = self._judge(image_id, cut, rows, found, semantic)
         colors = segment_colors(found.tolist(), [self.classes.things[i] for i in found])
-        row["segments"] = describe(rows, [self.classes.ids[i] for i in found], colors, result.scores[kept].tolist())
+        areas = np.bincount(rows, weights=cut.pixels, minlength=1)[1:].astype(np.int64).tolist()
+        row["segments"] = describe(areas, [self.classes.ids[i] for i in found], colors, result.scores[kept].tolist())
         self._images[image_id] = row
 
     def compute(self) -> dict[str, float]:
@@ -133,37 +155,47 @@ class PanopticEvaluator:
             for image_id, row in state.items():
                 self._images.setdefault(image_id, row)
 
-    def _judge(self, image_id: int, rows: Integers, found: Integers, semantic: Integers) -> ImageSegments:
+    def _cut(self, image_id: int, maps: Sequence[NDArray[Any]]) -> tuple[list[NDArray[Any]], _Cut]:
+        """Cuts found maps (H,W), of segments and of classes, together with the ground truth's into runs; (r,) of each."""
+        if image_id not in self._truth:
+            values, pixels = runs(*maps)
+            return values, _Cut(maps[0].shape, None, pixels)
+        truth = self._map(image_id)
+        for kind, found in zip(("segments", "classes of pixels"), maps, strict=False):
+            if found.shape != truth.shape:
+                shape, wanted = ("x".join(map(str, sides)) for sides in (found.shape, truth.shape))
+                raise DataError(f"image {image_id}: {kind} are {shape}, the annotations say {wanted} (height x width)")
+        (*values, ids), pixels = runs(*maps, truth)
+        return values, _Cut(truth.shape, ids, pixels)
+
+    def _judge(self, image_id: int, cut: _Cut, rows: Integers, found: Integers, semantic: Integers) -> ImageSegments:
         """Counts what is right and wrong; in an image that the ground truth does not describe, nothing is.
 
         Args:
             image_id: of the image.
-            rows: (H,W) 1 + the number of a segment, or 0.
+            cut: its runs.
+            rows: (r,) 1 + the number of a segment, or 0.
             found: (k,) class of each.
-            semantic: (H,W) class 0..C.
+            semantic: (r,) class 0..C.
         """
-        events, pixels = np.zeros((0, len(EVENT))), np.zeros((0, 3), np.int64)
-        if image_id in self._truth:
-            truth, segments = self._map(image_id), self._truth[image_id]["segments_info"]
-            for kind, size in (("segments", rows.shape), ("classes of pixels", semantic.shape)):
-                if size != truth.shape:
-                    shape, wanted = ("x".join(map(str, sides)) for sides in (size, truth.shape))
-                    raise DataError(f"image {image_id}: {kind} are {shape}, the annotations say {wanted} (height x width)")
-            cells = contingency(truth, rows)
-            events = judge_segments(segments, cells, found, self.classes)
-            pixels = judge_pixels(segments, contingency(truth, semantic), self.classes)
-        packed = zlib.compress(rows.astype(np.uint16).tobytes(), 1)
-        return {"events": events, "pixels": pixels, "segments": [], "size": (rows.shape[0], rows.shape[1]), "map": packed}
+        events, confused = np.zeros((0, len(EVENT))), np.zeros((0, 3), np.int64)
+        if cut.truth is not None:
+            segments = self._truth[image_id]["segments_info"]
+            events = judge_segments(segments, contingency(cut.truth, rows, cut.pixels), found, self.classes)
+            confused = judge_pixels(segments, contingency(cut.truth, semantic, cut.pixels), self.classes)
+        packed = zlib.compress(np.stack([rows, cut.pixels]).astype(np.uint32).tobytes(), 1)
+        return {"events": events, "pixels": confused, "segments": [], "size": cut.size, "map": packed}
 
     def _nothing(self, image_id: int) -> ImageSegments:
         """An image in which nothing was found."""
-        rows = np.zeros(self._map(image_id).shape, np.int64)
-        return self._judge(image_id, rows, np.zeros(0, np.int64), rows + len(self.classes))
+        _, cut = self._cut(image_id, [])
+        rows = np.zeros(len(cut.pixels), np.int64)
+        return self._judge(image_id, cut, rows, np.zeros(0, np.int64), rows + len(self.classes))
 
-    def _map(self, image_id: int) -> Integers:
+    def _map(self, image_id: int) -> NDArray[Any]:
         """Ids of the ground truth, (H,W)."""
         if "segments" in self.ground_truth:
-            return np.asarray(self.ground_truth["segments"](image_id)).astype(np.int64)
+            return np.asarray(self.ground_truth["segments"](image_id))
         return read_ids(Path(self.ground_truth["folder"]) / self._truth[image_id]["file_name"])
 
     def _ask_panopticapi(self, images: Mapping[int, ImageSegments]) -> Array:
@@ -189,5 +221,6 @@ class PanopticEvaluator:
 
 
 def _write_png(path: Path, row: ImageSegments) -> None:
-    rows = np.frombuffer(zlib.decompress(row["map"]), np.uint16).reshape(row["size"])
-    write_ids(path, np.array([0, *(segment["id"] for segment in row["segments"])])[rows])
+    rows, pixels = np.frombuffer(zlib.decompress(row["map"]), np.uint32).reshape(2, -1)
+    ids = np.array([0, *(segment["id"] for segment in row["segments"])])[rows]
+    write_ids(path, np.repeat(ids, pixels).reshape(row["size"]))

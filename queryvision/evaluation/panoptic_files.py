@@ -23,14 +23,14 @@ from queryvision.results import Result
 Record = dict[str, Any]
 
 
-def read_ids(path: Path | str) -> NDArray[np.int64]:
+def read_ids(path: Path | str) -> NDArray[np.int32]:
     """A panoptic PNG as ids, (H,W).
 
     Raises:
         DataError: missing, damaged or not an image.
     """
-    ids: NDArray[np.int64] = read_image(path).astype(np.int64) @ np.array([1, 256, 65536])
-    return ids
+    red, green, blue = (channel.astype(np.int32) for channel in read_image(path).transpose(2, 0, 1))
+    return red + (green << 8) + (blue << 16)
 
 
 def write_ids(path: Path | str, ids: NDArray[Any]) -> None:
@@ -43,17 +43,18 @@ def id_of(color: Color) -> int:
     return color[0] + 256 * color[1] + 65536 * color[2]
 
 
-def describe(rows: NDArray[Any], category_ids: Sequence[int], colors: Sequence[Color], scores: Sequence[float]) -> list[Record]:
+def describe(
+    areas: Sequence[int], category_ids: Sequence[int], colors: Sequence[Color], scores: Sequence[float]
+) -> list[Record]:
     """Rows of `segments_info`.
 
     Args:
-        rows: (H,W) 1 + the number of a segment, or 0; every segment has pixels.
+        areas: k, in pixels.
         category_ids: k.
         colors: k, all different; they become ids.
         scores: k.
     """
-    area = np.bincount(rows.ravel(), minlength=len(category_ids) + 1)[1:].tolist()
-    parts = zip(category_ids, colors, scores, area, strict=True)
+    parts = zip(category_ids, colors, scores, areas, strict=True)
     return [
         {"id": id_of(color), "category_id": category, "area": pixels, "iscrowd": 0, "score": score}
         for category, color, score, pixels in parts
@@ -77,10 +78,12 @@ def write_panoptic(folder: Path, results: Mapping[str, Result], classes: ClassMa
     pictures.mkdir(exist_ok=True)
     images, annotations = [], []
     for image_id, (stem, result) in enumerate(results.items(), 1):
-        rows, kept = occupied(segments_of(result))
+        masks = segments_of(result)
+        rows, kept = occupied(masks.rows().cpu().numpy(), np.ones(len(masks), bool))
         labels = result.labels[kept].tolist()
         colors = segment_colors(labels, [classes.things[label] for label in labels])
-        segments = describe(rows, [classes.ids[label] for label in labels], colors, result.scores[kept].tolist())
+        areas = np.bincount(rows.ravel())[1:].tolist()
+        segments = describe(areas, [classes.ids[label] for label in labels], colors, result.scores[kept].tolist())
         name, (height, width) = f"{stem}.png", rows.shape
         write_ids(pictures / name, np.array([0, *(segment["id"] for segment in segments)])[rows])
         images.append({"id": image_id, "file_name": result.path or name, "height": height, "width": width})
@@ -102,19 +105,18 @@ def segments_of(result: Result) -> SegmentMasks:
     return masks
 
 
-def occupied(masks: SegmentMasks, keep: NDArray[np.bool_] | None = None) -> tuple[NDArray[np.int64], list[int]]:
+def occupied(rows: NDArray[Any], keep: NDArray[np.bool_]) -> tuple[NDArray[np.int64], list[int]]:
     """Leaves out segments without a pixel.
 
     Args:
-        masks: k segments.
-        keep: (k,) which of them count; None: all.
+        rows: 1 + the number of a segment, or 0, of each pixel or run.
+        keep: (k,) which of them count.
 
     Returns:
-        (H,W) 1 + the place in the list of those that stay, or 0; and that list, their rows.
+        Of each pixel or run 1 + the place in the list of those that stay, or 0; and that list, their numbers.
     """
-    rows = masks.rows().cpu().numpy()
-    seen = np.bincount(rows.ravel(), minlength=len(masks) + 1)[1:] > 0
-    kept = np.flatnonzero(seen if keep is None else seen & keep)
-    table = np.zeros(len(masks) + 1, np.int64)
+    seen = np.bincount(rows.ravel(), minlength=len(keep) + 1)[1:] > 0
+    kept = np.flatnonzero(seen & keep)
+    table = np.zeros(len(keep) + 1, np.int64)
     table[kept + 1] = np.arange(1, len(kept) + 1)
     return table[rows], kept.tolist()

@@ -2,8 +2,8 @@
 
 The rules are those of `panopticapi` (`evaluation.py`), the numbers the same to the last digit.
 
-Letters: G segments of the ground truth, k found segments, C categories, H, W pixels, e events, m pairs of values. A class is
-the index of a category in the `ClassMap` of the ground truth.
+Letters: G segments of the ground truth, k found segments, C categories, H, W pixels, r runs, e events, m pairs of values.
+A class is the index of a category in the `ClassMap` of the ground truth.
 """
 
 from __future__ import annotations
@@ -25,17 +25,38 @@ EVENT = ("class", "tp", "fp", "fn", "iou")
 GROUPS: dict[str, bool | None] = {"": None, "_th": True, "_st": False}
 
 
-def contingency(first: NDArray[Any], second: NDArray[Any]) -> tuple[Integers, Integers, Integers]:
-    """Which values two maps (H,W) of numbers from 0 have at the same pixels: (m,) of each map, and (m,) pixels, ascending.
+def runs(*maps: NDArray[Any]) -> tuple[list[NDArray[Any]], Integers]:
+    """Cuts maps (H,W) of one size, row behind row, into runs along which none of them changes.
 
-    Maps of segments are made of long runs, and only the runs are sorted.
+    Maps of segments are made of long runs, and everything that is counted is counted in runs.
+
+    Returns:
+        (r,) of each map, and (r,) pixels.
+    """
+    flat = [each.ravel() for each in maps]
+    changes = np.ones(len(flat[0]), bool)
+    changes[1:] = flat[0][1:] != flat[0][:-1]
+    for each in flat[1:]:
+        changes[1:] |= each[1:] != each[:-1]
+    starts = np.flatnonzero(changes)
+    return [each[starts] for each in flat], np.diff(starts, append=len(changes))
+
+
+def contingency(first: NDArray[Any], second: NDArray[Any], pixels: Integers) -> tuple[Integers, Integers, Integers]:
+    """Which values two maps of numbers from 0 have at the same places.
+
+    Args:
+        first: (r,) of each run.
+        second: the same of the other map.
+        pixels: (r,) of each run.
+
+    Returns:
+        (m,) of each map, and (m,) pixels, ascending.
     """
     span = int(second.max(initial=0)) + 1
-    pairs = (first.astype(np.int64) * span + second).ravel()
-    starts = np.flatnonzero(np.diff(pairs, prepend=-1))
-    values, which = np.unique(pairs[starts], return_inverse=True)
-    pixels = np.bincount(which, weights=np.diff(starts, append=len(pairs)), minlength=len(values))
-    return values // span, values % span, pixels.astype(np.int64)
+    values, which = np.unique(first.astype(np.int64) * span + second, return_inverse=True)
+    total = np.bincount(which, weights=pixels, minlength=len(values))
+    return values // span, values % span, total.astype(np.int64)
 
 
 def judge_segments(

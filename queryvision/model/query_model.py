@@ -118,7 +118,7 @@ class QueryModel(nn.Module):
         if images.pixels.is_floating_point():
             return images
         pixels = images.pixels.contiguous(memory_format=torch.channels_last)
-        pixels = (pixels - self.mean) / self.std
+        pixels = (pixels - self.mean).div_(self.std)
         if images.padded:
             pixels = pixels.masked_fill(images.padding[:, None], 0.0)
         return replace(images, pixels=pixels)

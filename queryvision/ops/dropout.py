@@ -18,7 +18,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     Returns:
         The shape of `x`, what is kept divided by 1 - p.
     """
-    if not training or p == 0 or p == 1 or x.device.type != "cpu":
+    if not training or p == 0 or p == 1 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p, training)
     count = x.numel()
     bits = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)

@@ -72,6 +72,16 @@ def columns(state: dict[str, Any]) -> dict[str, tuple[torch.Tensor, torch.Tensor
     return {name: (moments[index]["exp_avg"].double(), state["model"][name].double()) for index, name in enumerate(names)}
 
 
+def near(wanted: dict[str, Any], found: dict[str, Any], most: float) -> None:
+    """Weights that have a gradient agree to `most`."""
+    largest, compared = max(gradient.abs().max() for gradient, _ in wanted.values()), 0
+    for name, (gradient, weights) in wanted.items():
+        sure = gradient.abs() > max(1e-2 * gradient.abs().max(), 1e-5 * largest)
+        assert ((weights - found[name][1]).abs()[sure] < most).all(), name
+        compared += int(sure.sum())
+    assert compared > 10_000
+
+
 @pytest.mark.parametrize(
     "task", ["detection", *(pytest.param(name, marks=pytest.mark.slow) for name in ("instance", "keypoints"))]
 )
@@ -87,17 +97,30 @@ def test_a_batch_may_be_spread(task: str, many: Path, tmp_path: Path) -> None:
     whole = trained(task, data, tmp_path / "whole", steps, settings, batch_size=4)
     parts = trained(task, data, tmp_path / "parts", steps, [*settings, "train.accumulate=2"], batch_size=2)
     processes = trained(task, data, tmp_path / "processes", steps, settings, batch_size=2, devices=2)
-    wanted = columns(whole)
-    for spread in (parts, processes):
+    wanted, spreads = columns(whole), [parts, processes]
+    if task == "detection":
+        sharded = [*settings, "train.shard=true"]
+        spreads.append(trained(task, data, tmp_path / "shards", steps, sharded, batch_size=2, devices=2))
+    for spread in spreads:
         assert whole["losses"].keys() == spread["losses"].keys() and len(whole["losses"]) > 3
         for name, values in whole["losses"].items():
             assert spread["losses"][name] == pytest.approx(values, rel=1e-6), name
         found = columns(spread)
         own, other = (torch.cat([gradient.ravel() for gradient, _ in c.values()]) for c in (wanted, found))
         assert (own - other).norm() < 1e-5 * own.norm()
-        compared = 0
-        for name, (gradient, weights) in wanted.items():
-            sure = gradient.abs() > max(1e-2 * gradient.abs().max(), 1e-5 * own.abs().max())
-            assert ((weights - found[name][1]).abs()[sure] < 0.01 * RATE).all(), name
-            compared += int(sure.sum())
-        assert compared > 10_000
+        near(wanted, found, 0.01 * RATE)
+
+
+def test_what_was_shared_out_goes_on_anywhere(many: Path, tmp_path: Path) -> None:
+    """Two processes with a half each, then one that has all, then two again: as if it had always been one."""
+    steps, settings = CASES["detection"]
+    settings = [*settings, "train.schedule=flat"]  # else it would hang on how many steps are still to come
+    data = Path(shutil.copytree(many, tmp_path / "scenes"))
+    alike(data, None)
+    whole = trained("detection", data, tmp_path / "whole", steps, settings, batch_size=4)
+    trained("detection", data, tmp_path / "run", 1, [*settings, "train.shard=true"], batch_size=2, devices=2)
+    folder = tmp_path / "run" / "detection" / "custom"
+    for step, size, how in ((2, 4, {"devices": 1}), (3, 2, {"devices": 2})):
+        shared = [f"train.shard={str(how['devices'] > 1).lower()}"]
+        queryvision.train(resume=folder, steps=step, batch_size=size, settings=shared, **how)
+    near(columns(whole), columns(load_checkpoint(folder / "last.pt")), 0.02 * RATE)

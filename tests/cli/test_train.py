@@ -20,6 +20,7 @@ from tiny import TINY, Call, Run
 
 import queryvision
 from queryvision.config import load_config
+from queryvision.engine import memory
 from queryvision.engine.checkpoint import load_checkpoint
 from queryvision.engine.trainer import Trainer
 
@@ -143,6 +144,16 @@ def test_fine_tuning_on_other_classes(call: Call, trained: Path, spoil: Callable
                                output=tmp_path / "b", settings=settings)  # fmt: skip
     again = load_checkpoint(python / "last.pt")["model"]
     assert all(torch.equal(value, again[key]) for key, value in found["model"].items())
+
+
+def test_a_run_takes_the_batch_that_fits(call: Call, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last word that resumes it is a number."""
+    monkeypatch.setattr(memory, "free_memory", lambda device: int(4e8))
+    words = (*TINY, "--steps", "1", "--set", "train.batch_size=auto", "--output", tmp_path)
+    done = call("train", "--data", scenes, *words)
+    assert done.code == 0 and "as many images as fit into memory" in done.out
+    settings = yaml.safe_load(next(tmp_path.glob("detection/*/config.yaml")).read_text())
+    assert settings["train"]["batch_size"] in (2, 4, 8, 16, 32)
 
 
 def test_resume_without_a_run_is_an_error(scenes: Path, tmp_path: Path, qv: Run) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from queryvision.data.albumentations import A
 from queryvision.data.follow import select
 from queryvision.data.planes import packed, unpacked
-from queryvision.data.resizing import Flip, RandomCrop, ScaleJitter, ShortSide, resized_size
+from queryvision.data.resizing import Flip, RandomCrop, ScaleJitter, ShortSide, resize_image, resized_size
 from queryvision.data.sample import Annotations, Sample
 from queryvision.data.transforms import EvaluationTransform, Transform, evaluation_transform, training_transform
 from queryvision.errors import ConfigError
@@ -201,6 +201,14 @@ def test_an_object_smaller_than_a_pixel_keeps_its_box() -> None:
     after = evaluation_transform(8)(picture).annotations
     assert len(after.boxes) == 1 and after.masks is not None
     assert after.has["masks"].tolist() == [bool(after.masks.any())]
+
+
+def test_training_images_are_the_published_ones_to_a_level() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    for short in (30, 60, 61, 97, 150):
+        exact = resize_image(image, resized_size((60, 80), short))
+        quick = ShortSide([short]).apply(image, exact.shape[:2])
+        assert quick.shape == exact.shape and np.abs(quick.astype(int) - exact).max() <= 1, short
 
 
 def test_detr_draws_from_the_published_sizes() -> None:

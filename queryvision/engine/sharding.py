@@ -1,0 +1,91 @@
+"""Weights, gradients and moments shared out among processes (FSDP2), for backbones that do not fit a device otherwise.
+
+Checkpoints hold whole tensors, so that a run may go on with any number of devices, sharded or not. The averaged weights are
+whole in every process.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+from queryvision.errors import ConfigError
+
+
+def shard(model: nn.Module, blocks: Iterable[nn.Module], averaged: bool) -> None:
+    """Shares out a model, in place: its `blocks` are whole only while they work, everything else during the step.
+
+    All processes must hold the same weights. Names of parameters stay.
+
+    Args:
+        model: on this process's device; frozen parts must be frozen already.
+        blocks: of it; single layers among them stay with the rest, as a folded convolution and its norm need each other.
+        averaged: whether averaged weights are evaluated.
+
+    Raises:
+        ConfigError: there is one process only, or nothing that could be evaluated.
+    """
+    if not dist.is_initialized():
+        raise ConfigError("train.shard: there is one process only; set --devices, or start several with torchrun")
+    if not averaged:
+        raise ConfigError("train.shard: what is shared out cannot be evaluated, set train.ema above 0")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()  # nothing else can be shared out
+    for block in blocks:
+        if block is not model and any(True for _ in block.children()) and any(True for _ in block.parameters()):
+            fully_shard(block)
+    fully_shard(model)
+    # It cannot know that nobody changes a model's answers in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Running statistics become those of the first process, as with DDP."""
+    for buffer in model.buffers():
+        dist.broadcast(buffer, 0)
+
+
+def whole(value: Any) -> Any:
+    """Shared-out tensors put together, anywhere in dicts and lists; every process must ask for the same ones."""
+    if isinstance(value, dict):
+        return {key: whole(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [whole(item) for item in value]
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def like(value: Tensor, own: Tensor) -> Tensor:
+    """A whole tensor, shared out or laid out in memory as `own` is; one of another shape stays as it is."""
+    if value.shape != own.shape:
+        return value
+    if isinstance(own, DTensor):
+        return distribute_tensor(value.to(own.device).contiguous(), own.device_mesh, own.placements)
+    # A fused optimiser walks through a weight and its moments side by side, wherever their elements lie.
+    return torch.empty_like(own, dtype=value.dtype, device=value.device).copy_(value)
+
+
+def everywhere(value: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor that all processes hold alike, in the form that an optimiser of `parameter` wants beside it."""
+    if not isinstance(parameter, DTensor):
+        return value
+    mesh = parameter.device_mesh
+    return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def optimizer_state_like(state: dict[str, Any], parameters: list[nn.Parameter]) -> dict[str, Any]:
+    """An optimiser's state with whole moments -> shared out and laid out as the parameters are."""
+    moments = {
+        index: {
+            key: like(value, parameters[index]) if isinstance(value, Tensor) and value.ndim else value
+            for key, value in own.items()
+        }
+        for index, own in state["state"].items()
+    }
+    return {**state, "state": moments}

@@ -1,0 +1,59 @@
+"""Compiled parts: the same numbers, and never quietly run as they were."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from test_recomputation import gradients, model
+from torch import nn
+
+from queryvision.engine.compilation import compile_parts
+from queryvision.errors import ConfigError
+
+PARTS = ["backbone", "encoder", "decoder.layers"]
+
+
+def compared(name: str) -> None:
+    """Gradients of two sizes of images, compiled and not; dropout is off, as a compiled one draws other numbers."""
+    plain = model(name, dropout=0.0)
+    with torch.no_grad():  # else places lie exactly on the borders of cells, where the last digit decides about the slope
+        for key, value in plain.named_parameters():
+            if "sampling_offsets" in key:
+                value.add_(0.1 * torch.randn_like(value))
+    quick = copy.deepcopy(plain)
+    compile_parts(quick, PARTS)
+    assert list(quick.state_dict()) == list(plain.state_dict())
+    for height in (64, 96):
+        wanted, found = gradients(plain, height)[0], gradients(quick, height)[0]
+        assert wanted.keys() == found.keys()
+        for key, value in wanted.items():
+            assert (value - found[key]).norm() <= 1e-4 * max(value.norm(), 1e-3), key
+
+
+@pytest.mark.parametrize("name", ["detr", "deformable_detr"])
+def test_parts_are_traced_in_one_piece(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a compiler behind it, which is what takes its time."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    compared(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["detr", "deformable_detr"])
+def test_compiled_parts_give_the_same_numbers(name: str) -> None:
+    compared(name)
+
+
+def test_what_cannot_be_compiled_is_one_line() -> None:
+    class Doubting(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum() > 0 else -x
+
+    whole = nn.ModuleDict({"doubting": Doubting()})
+    compile_parts(whole, ["doubting"])
+    with pytest.raises(ConfigError, match="'doubting' cannot be compiled in one piece"):
+        whole["doubting"](torch.ones(2))
+    with pytest.raises(ConfigError, match="train.compile: the model has no part 'doubt'"):
+        compile_parts(whole, ["doubt"])
