@@ -105,16 +105,13 @@ class SegmentMasks:
         """The same on the host."""
         return SegmentMasks(self.numbers.cpu(), self.map.cpu())
 
-    def table(self) -> Tensor:
-        """(n,) int64: what the map says -> 1 + the row of the object, 0: nobody's, or of an object that is left out."""
-        most = max((int(part.max()) for part in (self.map, self.numbers) if part.numel()), default=0)
+    def rows(self, numbers: Tensor | None = None) -> Tensor:
+        """What the map says, (n,), or all of it, (H,W) -> int64: 1 + the row of the object, 0: nobody's, or it is left out."""
+        numbers = self.map if numbers is None else numbers
+        most = max((int(part.max()) for part in (numbers, self.numbers) if part.numel()), default=0)
         table = torch.zeros(most + 1, dtype=torch.int64, device=self.map.device)
         table[self.numbers] = torch.arange(1, len(self.numbers) + 1, device=self.map.device)
-        return table
-
-    def rows(self) -> Tensor:
-        """(H,W) int64: 1 + the row of the object that a pixel belongs to, see `table`."""
-        return self.table()[self.map.long()]
+        return table[numbers.long()]
 
     def build(self) -> Tensor:
         """All masks, (k,H,W) bool."""

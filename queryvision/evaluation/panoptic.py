@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from queryvision.data.classes import ClassMap
@@ -29,6 +30,7 @@ from queryvision.evaluation.panoptic_quality import (
     contingency,
     judge_pixels,
     judge_segments,
+    places,
     runs,
     summary,
 )
@@ -114,7 +116,7 @@ class PanopticEvaluator:
         masks, columns = segments_of(result).cpu(), self._column[result.labels.cpu().numpy()]
         maps = [masks.map.numpy(), *([result.maps["semantic"].cpu().numpy()] if "semantic" in result.maps else [])]
         (numbers, *classes), cut = self._cut(image_id, maps)
-        rows, kept = occupied(masks.table().numpy()[numbers], columns < len(self.classes))
+        rows, kept = occupied(masks.rows(torch.from_numpy(numbers)).numpy(), columns < len(self.classes))
         found = columns[kept]
         # -1 is the last, none
         semantic = self._column[classes[0]] if classes else np.append(found, len(self.classes))[rows - 1]
@@ -180,11 +182,19 @@ class PanopticEvaluator:
         """
         events, confused = np.zeros((0, len(EVENT))), np.zeros((0, 3), np.int64)
         if cut.truth is not None:
-            segments = self._truth[image_id]["segments_info"]
-            events = judge_segments(segments, contingency(cut.truth, rows, cut.pixels), found, self.classes)
-            confused = judge_pixels(segments, contingency(cut.truth, semantic, cut.pixels), self.classes)
-        packed = zlib.compress(np.stack([rows, cut.pixels]).astype(np.uint32).tobytes(), 1)
-        return {"events": events, "pixels": confused, "segments": [], "size": cut.size, "map": packed}
+            segments = self._segments(image_id)
+            place, height = places(segments, cut.truth), len(segments) + 2
+            shared = contingency(place, rows, cut.pixels, (height, len(found) + 1))
+            events = judge_segments(segments, shared, found, self.classes)
+            shared = contingency(place, semantic, cut.pixels, (height, len(self.classes) + 1))
+            confused = judge_pixels(segments, shared, self.classes)
+        starts = np.flatnonzero(np.diff(rows, prepend=-1))  # where the ground truth changed nothing has to begin
+        packed = np.stack([rows[starts], np.add.reduceat(cut.pixels, starts)]).astype(np.uint32).tobytes()
+        return {"events": events, "pixels": confused, "segments": [], "size": cut.size, "map": zlib.compress(packed, 1)}
+
+    def _segments(self, image_id: int) -> list[Record]:
+        """Rows of `segments_info` whose categories are known."""
+        return [row for row in self._truth[image_id]["segments_info"] if row["category_id"] in self.classes.index_of_id]
 
     def _nothing(self, image_id: int) -> ImageSegments:
         """An image in which nothing was found."""
@@ -211,8 +221,7 @@ class PanopticEvaluator:
                 png, ids = f"{image_id}.png", self._map(image_id)
                 write_ids(f"{truth_folder}/{png}", ids)
                 _write_png(Path(found_folder) / png, row)
-                known = [s for s in self._truth[image_id]["segments_info"] if s["category_id"] in self.classes.index_of_id]
-                truth = [{"iscrowd": 0, "area": int((ids == s["id"]).sum()), **s} for s in known]
+                truth = [{"iscrowd": 0, "area": int((ids == s["id"]).sum()), **s} for s in self._segments(image_id)]
                 found = [dict(segment) for segment in row["segments"]]  # it writes into them
                 pairs.append([{"image_id": image_id, "file_name": png, "segments_info": s} for s in (truth, found)])
             categories = {row["id"]: row for row in self.ground_truth["categories"]}

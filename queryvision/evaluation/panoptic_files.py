@@ -30,7 +30,8 @@ def read_ids(path: Path | str) -> NDArray[np.int32]:
         DataError: missing, damaged or not an image.
     """
     red, green, blue = (channel.astype(np.int32) for channel in read_image(path).transpose(2, 0, 1))
-    return red + (green << 8) + (blue << 16)
+    ids: NDArray[np.int32] = red + (green << 8) + (blue << 16)
+    return ids
 
 
 def write_ids(path: Path | str, ids: NDArray[Any]) -> None:

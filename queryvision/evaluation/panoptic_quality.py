@@ -42,50 +42,41 @@ def runs(*maps: NDArray[Any]) -> tuple[list[NDArray[Any]], Integers]:
     return [each[starts] for each in flat], np.diff(starts, append=len(changes))
 
 
-def contingency(first: NDArray[Any], second: NDArray[Any], pixels: Integers) -> tuple[Integers, Integers, Integers]:
-    """Which values two maps of numbers from 0 have at the same places.
-
-    Args:
-        first: (r,) of each run.
-        second: the same of the other map.
-        pixels: (r,) of each run.
-
-    Returns:
-        (m,) of each map, and (m,) pixels, ascending.
-    """
-    span = int(second.max(initial=0)) + 1
-    values, which = np.unique(first.astype(np.int64) * span + second, return_inverse=True)
-    total = np.bincount(which, weights=pixels, minlength=len(values))
-    return values // span, values % span, total.astype(np.int64)
+def places(truth: Sequence[Mapping[str, Any]], ids: NDArray[Any]) -> Integers:
+    """Which of G rows of `segments_info` an id means: 1 + its number, 0 void, 1 + G where nobody explains it; (r,) of each."""
+    known = np.array([VOID, *(int(row["id"]) for row in truth)], np.int64)
+    order = np.argsort(known, kind="stable")
+    found = order[np.searchsorted(known, ids, sorter=order).clip(max=len(truth))]
+    return np.where(known[found] == ids, found, len(known))
 
 
-def judge_segments(
-    truth: Sequence[Mapping[str, Any]], cells: tuple[Integers, Integers, Integers], found: Integers, classes: ClassMap
-) -> Array:
+def contingency(first: Integers, second: Integers, pixels: Integers, shape: tuple[int, int]) -> Array:
+    """Counts pixels by two numbers below `shape`, (r,) of each run, with its pixels -> `shape`."""
+    size = shape[0] * shape[1]
+    counts: Array = np.bincount(first * shape[1] + second, weights=pixels, minlength=size)
+    return counts.reshape(shape)
+
+
+def judge_segments(truth: Sequence[Mapping[str, Any]], common: Array, found: Integers, classes: ClassMap) -> Array:
     """Compares the segments of an image.
 
     A pair matches if the classes agree and the IoU is above 0.5, void left out. Crowds match nothing and are never missed. What
     is found does not count as invented if more than half of it is void or a crowd of its class.
 
     Args:
-        truth: G rows of `segments_info`: id, category_id, and where they have them area and iscrowd.
-        cells: `contingency` of ids and of 1 + the number of a found segment, 0: nobody's.
+        truth: G rows of `segments_info` of known categories: id, category_id, and where they have them area and iscrowd.
+        common: (G+2,k+1) pixels by `places` of the ground truth, and by 1 + the number of a found segment, 0: nobody's.
         found: (k,) class of each found segment; each has pixels.
         classes: of the ground truth.
 
     Returns:
         (e,5) `EVENT`; matches in the order of the ids.
     """
-    rows = [row for row in truth if row["category_id"] in classes.index_of_id]
-    place = {VOID: 0} | {int(row["id"]): i for i, row in enumerate(rows, 1)}
-    common = np.zeros((len(rows) + 2, len(found) + 1))  # void, the segments, ids that nobody explains
-    truth_rows = np.array([place.get(id_, len(rows) + 1) for id_ in cells[0].tolist()], np.int64)
-    np.add.at(common, (truth_rows, cells[1]), cells[2])
     void, both, size = common[0, 1:], common[1:-1, 1:], common[:, 1:].sum(axis=0)
-    kind = np.array([classes.index_of_id[row["category_id"]] for row in rows], np.int64)
-    crowd = np.array([bool(row.get("iscrowd")) for row in rows], bool)
+    kind = np.array([classes.index_of_id[row["category_id"]] for row in truth], np.int64)
+    crowd = np.array([bool(row.get("iscrowd")) for row in truth], bool)
     pixels = common[1:-1].sum(axis=1).tolist()
-    area = np.array([row.get("area", number) for row, number in zip(rows, pixels, strict=True)], np.float64)
+    area = np.array([row.get("area", number) for row, number in zip(truth, pixels, strict=True)], np.float64)
     union = area[:, None] + size - both - void
     iou = np.divide(both, union, out=np.zeros_like(both), where=union > 0)
     same = kind[:, None] == found
@@ -95,7 +86,7 @@ def judge_segments(
     invented = ~matched.any(axis=0) & (ignored <= 0.5 * size)
     missed = ~matched.any(axis=1) & ~crowd
     right, which = np.nonzero(matched)
-    order = np.argsort([rows[i]["id"] for i in right])  # sums of floating point numbers depend on it
+    order = np.argsort([truth[i]["id"] for i in right])  # sums of floating point numbers depend on it
     hits = _events(kind[right], 1, iou[right, which])[order.astype(np.int64)]
     return np.concatenate([hits, _events(found[invented], 2), _events(kind[missed], 3)])
 
@@ -106,21 +97,20 @@ def _events(kinds: Integers, column: int, iou: Array | float = 0.0) -> Array:
     return rows
 
 
-def judge_pixels(truth: Sequence[Mapping[str, Any]], cells: tuple[Integers, Integers, Integers], classes: ClassMap) -> Integers:
+def judge_pixels(truth: Sequence[Mapping[str, Any]], common: Array, classes: ClassMap) -> Integers:
     """Counts pixels by what they are and what they are taken for; void is left out, crowds have their class.
 
     Args:
-        truth: rows of `segments_info`.
-        cells: `contingency` of ids and of found classes, C: none.
-        classes: of the ground truth.
+        truth: G rows of `segments_info` of known categories.
+        common: (G+2,C+1) pixels by `places` of the ground truth, and by found class, C: none.
+        classes: C, of the ground truth.
 
     Returns:
         (m,3) class, found class 0..C, pixels.
     """
-    index = classes.index_of_id
-    kinds = {int(row["id"]): index[row["category_id"]] for row in truth if row["category_id"] in index}
-    rows = [(kinds[id_], *rest) for id_, *rest in zip(*(part.tolist() for part in cells), strict=True) if id_ in kinds]
-    return np.array(rows, np.int64).reshape(-1, 3)
+    kinds = np.array([classes.index_of_id[row["category_id"]] for row in truth], np.int64)
+    where, taken = np.nonzero(common[1:-1])
+    return np.stack([kinds[where], taken, common[1 + where, taken].astype(np.int64)], 1)
 
 
 def summary(totals: Array, confusion: Array, classes: ClassMap) -> dict[str, float]:
