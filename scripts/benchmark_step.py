@@ -1,16 +1,16 @@
 """Time and memory of a published model against a named peer, side by side in one run, interleaved.
 
     python scripts/benchmark_step.py --peer transformers [--model detr deformable dino rtdetrv2 dfine]
-                                     [--only training inference assignment memory laptop] [--rounds 7]
+                                     [--only training inference compiled assignment memory laptop] [--rounds 7]
 
 Models: `rtdetrv2` has a ResNet-18 and `dfine` an HGNetv2-B0, the others a ResNet-50. `deformable` is the two-stage Deformable
 DETR; `dino` has 900 queries and feed-forward parts of 2048, and its peer is a two-stage Deformable DETR of the same sizes
 (without denoising queries, which `transformers` does not have: the figure `same work` leaves them out of ours, too).
 Training step: forward, loss, backward, AdamW, at 2x480x640. Inference: 1x800x1066, of the last two 1x640x640; `laptop` adds the
-model of `qv train --data` at that size beside both peers. Assignment: costs and matching of 6 layers x 16 images x 100 queries
-x 20 targets against the published way (a matrix over all images, layer by layer). Peak memory is that of a process of its own
-which imports what its side needs and does three training steps: of all of it, and above what it took once its model was made.
-Needs the test extra.
+model of `qv train --data` at that size beside both peers, `compiled` ours with compiled parts beside the eager peer.
+Assignment: costs and matching of 6 layers x 16 images x 100 queries x 20 targets against the published way (a matrix over all
+images, layer by layer). Peak memory is that of a process of its own which imports what its side needs and does three training
+steps: of all of it, and above what it took once its model was made. Needs the test extra.
 """
 
 from __future__ import annotations
@@ -132,12 +132,20 @@ def compare(model: str, only: Sequence[str], rounds: int) -> list[dict[str, Any]
         for what, a, b in pairs:
             steps = (lambda m=a: m.train(pixels, targets), lambda m=b: m.train(pixels, targets))
             results.append(interleaved(f"{model}: training step 2x480x640 / {what}", *steps, rounds))
+        if "compiled" in only:
+            quick = Ours(model, compiled=True)
+            steps = (lambda: quick.train(pixels, targets), lambda: peer.train(pixels, targets))
+            results.append(interleaved(f"{model}: training step 2x480x640 / compiled", *steps, rounds))
         del pairs
     if "inference" in only:
         height, width = (640, 640) if model in REAL_TIME else (800, 1066)
         photo = torch.randn(1, 3, height, width)
         looks = (lambda: ours.infer(photo), lambda: peer.infer(photo))
         results.append(interleaved(f"{model}: inference 1x{height}x{width}", *looks, rounds))
+        if "compiled" in only:
+            quick = Ours(model, compiled=True)
+            looks = (lambda: quick.infer(photo), lambda: peer.infer(photo))
+            results.append(interleaved(f"{model}: inference 1x{height}x{width} / compiled", *looks, rounds))
     if "memory" in only:
         whole, above = zip(peak_memory("ours", model), peak_memory("peer", model), strict=True)
         for what, (a, b) in (("peak memory of training", whole), ("what the steps added", above)):

@@ -58,14 +58,23 @@ REAL_TIME = ("rtdetrv2", "dfine")
 
 
 class Ours:
-    """A model of this project."""
+    """A model of this project.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        name: of the model.
+        compiled: whether backbone, encoder and decoder layers are.
+    """
+
+    def __init__(self, name: str, compiled: bool = False) -> None:
         from queryvision.criterion import Criterion
         from queryvision.tasks import detection
 
         builder, settings = OURS[name]
         self.model: Any = getattr(detection, builder)(CLASSES, **settings)
+        if compiled:
+            from queryvision.engine.compilation import compile_parts
+
+            compile_parts(self.model, ["backbone", "encoder", "decoder.layers"])
         self.criterion = Criterion(self.model.heads.heads(), self.model.steering)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)

@@ -53,7 +53,7 @@ def places(truth: Sequence[Mapping[str, Any]], ids: NDArray[Any]) -> Integers:
 def contingency(first: Integers, second: Integers, pixels: Integers, shape: tuple[int, int]) -> Array:
     """Counts pixels by two numbers below `shape`, (r,) of each run, with its pixels -> `shape`."""
     size = shape[0] * shape[1]
-    counts: Array = np.bincount(first * shape[1] + second, weights=pixels, minlength=size)
+    counts: Array = np.bincount(first * shape[1] + second, weights=pixels, minlength=size).astype(np.float64)
     return counts.reshape(shape)
 
 
