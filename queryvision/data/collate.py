@@ -83,12 +83,12 @@ def _check_labels(samples: Sequence[Sample], num_classes: int) -> None:
 def _images(samples: Sequence[Sample], multiple: int) -> ImageBatch:
     shapes = [sample.image.shape[:2] for sample in samples]
     height, width = (-(-max(side) // multiple) * multiple for side in zip(*shapes, strict=True))
-    pixels = torch.zeros(len(samples), 3, height, width, dtype=torch.uint8)
+    pixels = torch.zeros(len(samples), height, width, 3, dtype=torch.uint8)  # as the images lie in memory, and backbones read
     padding = torch.ones(len(samples), height, width, dtype=torch.bool)
     for i, (sample, (h, w)) in enumerate(zip(samples, shapes, strict=True)):
-        pixels[i, :, :h, :w] = torch.from_numpy(sample.image).permute(2, 0, 1)
+        pixels[i, :h, :w] = torch.from_numpy(sample.image)
         padding[i, :h, :w] = False
-    return ImageBatch(pixels, padding, any(shape != (height, width) for shape in shapes), torch.tensor(shapes))
+    return ImageBatch(pixels.permute(0, 3, 1, 2), padding, any(shape != (height, width) for shape in shapes), torch.tensor(shapes))
 
 
 def _relative(boxes: NDArray[Any], sample: Sample) -> NDArray[Any]:
