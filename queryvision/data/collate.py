@@ -88,7 +88,8 @@ def _images(samples: Sequence[Sample], multiple: int) -> ImageBatch:
     for i, (sample, (h, w)) in enumerate(zip(samples, shapes, strict=True)):
         pixels[i, :h, :w] = torch.from_numpy(sample.image)
         padding[i, :h, :w] = False
-    return ImageBatch(pixels.permute(0, 3, 1, 2), padding, any(shape != (height, width) for shape in shapes), torch.tensor(shapes))
+    padded = any(shape != (height, width) for shape in shapes)
+    return ImageBatch(pixels.permute(0, 3, 1, 2), padding, padded, torch.tensor(shapes))
 
 
 def _relative(boxes: NDArray[Any], sample: Sample) -> NDArray[Any]:
