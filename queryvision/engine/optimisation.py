@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from queryvision.engine.sharding import whole
+from queryvision.engine.sharding import is_sharded, whole
 from queryvision.errors import ConfigError, nearest
 from queryvision.model.query_model import QueryModel
 
@@ -178,10 +178,14 @@ class AveragedWeights:
         self.updates += 1
         share = 1 - self.decay * (1 - math.exp(-self.updates / self.warmup))
         mine = [*self.model.parameters(), *self.model.buffers()]  # what two modules share counts once
-        theirs = [*whole([*model.parameters()]), *model.buffers()]
+        theirs = [*model.parameters(), *model.buffers()]
         pairs = list(zip(mine, theirs, strict=True))
         averaged = [pair for pair in pairs if pair[0].is_floating_point()]
-        torch._foreach_lerp_([own for own, _ in averaged], [value.detach() for _, value in averaged], share)
+        if is_sharded(model):
+            for own, value in averaged:  # one by one, so that no second whole model is held
+                own.lerp_(whole(value.detach()), share)
+        else:
+            torch._foreach_lerp_([own for own, _ in averaged], [value.detach() for _, value in averaged], share)
         for own, value in pairs:
             if not own.is_floating_point():
                 own.copy_(value)

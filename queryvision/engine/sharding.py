@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.nn.modules.batchnorm import _NormBase
 
 from queryvision.errors import ConfigError
 
@@ -46,19 +47,31 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], averaged: bool) -> None
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
 
 
-def share_buffers(model: nn.Module) -> None:
-    """Running statistics become those of the first process, as with DDP."""
-    for buffer in model.buffers():
-        dist.broadcast(buffer, 0)
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard` was here."""
+    return isinstance(model, FSDPModule)
+
+
+def share_statistics(model: nn.Module) -> None:
+    """Statistics of norms that count become those of the first process, as with DDP."""
+    for norm in model.modules():
+        if isinstance(norm, _NormBase) and norm.training:
+            for buffer in norm.buffers(recurse=False):
+                dist.broadcast(buffer, 0)
 
 
 def whole(value: Any) -> Any:
-    """Shared-out tensors put together, anywhere in dicts and lists; every process must ask for the same ones."""
-    if isinstance(value, dict):
-        return {key: whole(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [whole(item) for item in value]
+    """A shared-out tensor put together; every process must ask for the same ones."""
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def gathered(value: Any) -> Any:
+    """Shared-out tensors put together on the host, one after the other, anywhere in dicts and lists."""
+    if isinstance(value, dict):
+        return {key: gathered(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [gathered(item) for item in value]
+    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
 
 
 def like(value: Tensor, own: Tensor) -> Tensor:

@@ -18,7 +18,16 @@ from queryvision.engine.optimisation import AveragedWeights, backbone_body, free
 from queryvision.engine.progress import LOGGED, Progress
 from queryvision.engine.randomness import random_state
 from queryvision.engine.recomputation import blocks, recompute
-from queryvision.engine.sharding import everywhere, like, optimizer_state_like, shard, share_buffers, whole
+from queryvision.engine.sharding import (
+    everywhere,
+    gathered,
+    is_sharded,
+    like,
+    optimizer_state_like,
+    shard,
+    share_statistics,
+    whole,
+)
 from queryvision.errors import CheckpointError, ConfigError
 from queryvision.model.query_model import QueryModel
 
@@ -106,8 +115,8 @@ class RunState:
 
     def follow(self) -> None:
         """The average takes in the new weights."""
-        if isinstance(self.plain, FSDPModule):
-            share_buffers(self.plain)
+        if is_sharded(self.plain):
+            share_statistics(self.plain)
         if self.average is not None:
             self.average.update(self.plain)
 
@@ -123,7 +132,7 @@ class RunState:
         """
         p = self.progress
         sums = p.shared(self.accelerator)
-        weights, moments = whole(self.plain.state_dict()), whole(self.optimizer.state_dict())
+        weights, moments = gathered(self.plain.state_dict()), gathered(self.optimizer.state_dict())
         if not self.accelerator.is_main_process:
             return
         content = {

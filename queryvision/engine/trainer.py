@@ -112,6 +112,7 @@ class Trainer:
                         self._step(step, batches)
                     except DataError:  # met before anything of the step was done
                         if self.accelerator.num_processes == 1:  # else the others wait elsewhere
+                            self._read_health()
                             self._save()
                         raise
                     self._after(step + 1)

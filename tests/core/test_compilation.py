@@ -16,8 +16,8 @@ from queryvision.errors import ConfigError
 PARTS = ["backbone", "encoder", "decoder.layers"]
 
 
-def compared(name: str) -> None:
-    """Gradients of two sizes of images, compiled and not; dropout is off, as a compiled one draws other numbers."""
+def compared(name: str, *heights: int) -> None:
+    """Gradients of images of some sizes, compiled and not; dropout is off, as a compiled one draws other numbers."""
     plain = model(name, dropout=0.0)
     with torch.no_grad():  # else places lie exactly on the borders of cells, where the last digit decides about the slope
         for key, value in plain.named_parameters():
@@ -26,24 +26,23 @@ def compared(name: str) -> None:
     quick = copy.deepcopy(plain)
     compile_parts(quick, PARTS)
     assert list(quick.state_dict()) == list(plain.state_dict())
-    for height in (64, 96):
+    for height in heights:
         wanted, found = gradients(plain, height)[0], gradients(quick, height)[0]
         assert wanted.keys() == found.keys()
         for key, value in wanted.items():
             assert (value - found[key]).norm() <= 1e-4 * max(value.norm(), 1e-3), key
 
 
-@pytest.mark.parametrize("name", ["detr", "deformable_detr"])
-def test_parts_are_traced_in_one_piece(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_are_traced_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a compiler behind it, which is what takes its time."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    compared(name)
+    compared("deformable_detr", 64)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["detr", "deformable_detr"])
 def test_compiled_parts_give_the_same_numbers(name: str) -> None:
-    compared(name)
+    compared(name, 64, 96)
 
 
 def test_what_cannot_be_compiled_is_one_line() -> None:
