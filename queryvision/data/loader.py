@@ -78,11 +78,12 @@ class Loader(Generic[T]):
         Raises:
             DataError: an image or an annotation is wrong.
         """
+        handler = signal.getsignal(signal.SIGCHLD)
         items = iter(self.loader)
         _WORKERS.update(getattr(items, "_workers", ()))
-        if self.loader.num_workers and threading.current_thread() is threading.main_thread():
-            # PyTorch would raise what happened to a worker in the middle of a step; asked for the next item, it says so, too.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if self.loader.num_workers and handler is not None and threading.current_thread() is threading.main_thread():
+            # PyTorch's own would raise what happened to a worker in the middle of a step; asked for an item, it says so, too.
+            signal.signal(signal.SIGCHLD, handler)
         while True:
             try:
                 item = next(items)

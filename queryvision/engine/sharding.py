@@ -40,7 +40,8 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], averaged: bool) -> None
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()  # nothing else can be shared out
     for block in blocks:
-        if block is not model and any(True for _ in block.children()) and any(True for _ in block.parameters()):
+        parts, weights = list(block.children()), list(block.parameters())
+        if parts and weights:
             fully_shard(block)
     fully_shard(model)
     # It cannot know that nobody changes a model's answers in place.
@@ -50,6 +51,12 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], averaged: bool) -> None
 def is_sharded(model: nn.Module) -> bool:
     """Whether `shard` was here."""
     return isinstance(model, FSDPModule)
+
+
+def meet_after_backward(model: nn.Module, meet: bool) -> None:
+    """Whether gradients of all processes are summed up after the next backward pass."""
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(meet)
 
 
 def share_statistics(model: nn.Module) -> None:

@@ -9,7 +9,6 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from queryvision.config import TrainSettings
 from queryvision.engine.checkpoint import load_resumable, load_weights, save_checkpoint
@@ -23,6 +22,7 @@ from queryvision.engine.sharding import (
     gathered,
     is_sharded,
     like,
+    meet_after_backward,
     optimizer_state_like,
     shard,
     share_statistics,
@@ -88,8 +88,8 @@ class RunState:
 
     def gathering(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Stands around a micro-batch: gradients of all processes meet after the last one of a step."""
-        if isinstance(self.plain, FSDPModule):
-            self.plain.set_requires_gradient_sync(last)
+        if is_sharded(self.plain):
+            meet_after_backward(self.plain, last)
             return contextlib.nullcontext()
         return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
 

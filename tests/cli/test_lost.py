@@ -6,14 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from subprocess import PIPE
 
 import psutil
 import pytest
 import torch
-from tiny import TINY, Call
+from tiny import TINY, Call, wait_for_rows
 
 from queryvision.engine.checkpoint import load_checkpoint
 from queryvision.engine.trainer import Trainer
@@ -48,10 +47,7 @@ def test_a_reading_process_that_dies_costs_no_step(scenes: Path, tmp_path: Path)
     words = ["train", "--data", scenes, *FLAGS, "--steps", "400", "--workers", "1", "--output", tmp_path, "--name", "run"]
     process = subprocess.Popen([sys.executable, "-m", "queryvision.cli", *map(str, words)], stdout=PIPE, stderr=PIPE, text=True)
     table = tmp_path / "detection" / "run" / "metrics.csv"
-    deadline = time.monotonic() + 120
-    while not (table.exists() and len(table.read_text().splitlines()) > 2):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.05)
+    wait_for_rows(process, table)
     reader = next(
         child for child in psutil.Process(process.pid).children() if "resource_tracker" not in " ".join(child.cmdline())
     )

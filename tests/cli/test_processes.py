@@ -6,14 +6,13 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from subprocess import PIPE
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny import TINY, Call
+from tiny import TINY, Call, wait_for_rows
 
 from queryvision.config import load_config
 from queryvision.engine.checkpoint import load_checkpoint
@@ -71,10 +70,7 @@ def test_a_signal_to_the_one_who_waits_ends_all_and_is_resumed_by_one(scenes: Pa
     given = ["train", "--data", scenes, *TINY, *START, "--output", tmp_path, "--name", "two"]
     process = subprocess.Popen([sys.executable, "-m", "queryvision.cli", *map(str, given)], stdout=PIPE, stderr=PIPE, text=True)
     table = tmp_path / "detection" / "two" / "metrics.csv"
-    deadline = time.monotonic() + 120
-    while not (table.exists() and len(table.read_text().splitlines()) > 2):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.1)
+    wait_for_rows(process, table)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM

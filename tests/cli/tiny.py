@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 TINY = (
     "--set", "model={name: detr, backbone: resnet18, width: 32, num_heads: 4, ffn_width: 64, encoder_layers: 1, "
@@ -22,6 +24,14 @@ class Done:
     code: int
     out: str
     err: str
+
+
+def wait_for_rows(process: subprocess.Popen[str], table: Path) -> None:
+    """Until a run that was started has written two steps into its `metrics.csv`."""
+    deadline = time.monotonic() + 120
+    while not (table.exists() and len(table.read_text().splitlines()) > 2):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
 
 
 Call = Callable[..., Done]
