@@ -2,6 +2,7 @@
 
     python scripts/benchmark_step.py --peer transformers [--model detr deformable dino rtdetrv2 dfine]
                                      [--only training inference compiled assignment memory laptop] [--rounds 7]
+                                     [--device cuda] [--half]
 
 Models: `rtdetrv2` has a ResNet-18 and `dfine` an HGNetv2-B0, the others a ResNet-50. `deformable` is the two-stage Deformable
 DETR; `dino` has 900 queries and feed-forward parts of 2048, and its peer is a two-stage Deformable DETR of the same sizes
@@ -10,7 +11,8 @@ Training step: forward, loss, backward, AdamW, at 2x480x640. Inference: 1x800x10
 model of `qv train --data` at that size beside both peers, `compiled` ours with compiled parts beside the eager peer.
 Assignment: costs and matching of 6 layers x 16 images x 100 queries x 20 targets against the published way (a matrix over all
 images, layer by layer). Peak memory is that of a process of its own which imports what its side needs and does three training
-steps: of all of it, and above what it took once its model was made. Needs the test extra.
+steps: of all of it, and above what it took once its model was made; on a GPU, what tensors took there at most. `--half` runs
+both sides in bfloat16 (autocast). Needs the test extra.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +35,40 @@ from step_models import CLASSES, REAL_TIME, Ours, Transformers, random_targets
 from queryvision.structures import Round, Stage, Targets
 
 
+@dataclass(frozen=True)
+class Where:
+    """What both sides run on."""
+
+    device: str
+    half: bool
+
+    def ours(self, name: str, compiled: bool = False) -> Ours:
+        return Ours(name, compiled, self.device, self.half)
+
+    def peer(self, name: str, dropout: float = 0.1) -> Transformers:
+        return Transformers(name, dropout, self.device, self.half)
+
+    def work(self, batch: int = 2) -> tuple[torch.Tensor, Targets]:
+        """Pixels and targets of a training step."""
+        return torch.randn(batch, 3, 480, 640, device=self.device), random_targets(batch, 8, self.device)
+
+
+def now() -> float:
+    """Seconds; on a GPU, of work that is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def interleaved(name: str, ours: Callable[[], Any], peer: Callable[[], Any], rounds: int) -> dict[str, Any]:
     """Median milliseconds of both, measured in turns after one unmeasured turn each."""
     times: dict[str, list[float]] = {"ours": [], "peer": []}
     for turn in range(rounds + 1):
         for key, work in (("ours", ours), ("peer", peer)):
-            began = time.perf_counter()
+            began = now()
             work()
             if turn:
-                times[key].append(1000 * (time.perf_counter() - began))
+                times[key].append(1000 * (now() - began))
     a, b = statistics.median(times["ours"]), statistics.median(times["peer"])
     spread = max((max(t) - min(t)) / statistics.median(t) for t in times.values())
     print(f"{name:52s} ours {a:8.1f} ms   peer {b:8.1f} ms   ratio {a / b:.2f}   spread {spread:.0%}", flush=True)
@@ -63,14 +91,15 @@ def published_matching(logits: torch.Tensor, boxes: torch.Tensor, targets: Targe
         [linear_sum_assignment(part[index]) for index, part in enumerate(parts)]
 
 
-def assignment(rounds: int) -> list[dict[str, Any]]:
+def assignment(where: Where, rounds: int) -> list[dict[str, Any]]:
     from transformers.loss.loss_for_object_detection import HungarianMatcher
 
     from queryvision.matching import match
     from queryvision.tasks.detection import BoxHead, LabelHead
 
-    targets = random_targets(16, 20)
-    logits, boxes = torch.randn(6, 16, 100, CLASSES + 1), torch.rand(6, 16, 100, 4) * 0.4 + 0.1
+    targets = random_targets(16, 20, where.device)
+    logits = torch.randn(6, 16, 100, CLASSES + 1, device=where.device)
+    boxes = torch.rand(6, 16, 100, 4, device=where.device) * 0.4 + 0.1
     answers = {"labels": {"logits": logits}, "boxes": {"boxes": boxes}}
     round = Round("main", tuple(Stage("layer", i, i == 5) for i in range(6)), answers, {}, {})
     heads = {"labels": LabelHead(8, CLASSES), "boxes": BoxHead(8)}
@@ -91,20 +120,22 @@ def assignment(rounds: int) -> list[dict[str, Any]]:
     return results
 
 
-def peak_memory(side: str, name: str) -> list[float]:
-    """Resident MB of a fresh process that does three training steps: the peak, and what the steps added."""
-    run = [sys.executable, __file__, "--child", side, "--model", name]
+def peak_memory(side: str, name: str, where: Where) -> list[float]:
+    """MB of a fresh process that does three training steps: the peak, and what the steps added."""
+    run = [sys.executable, __file__, "--child", side, "--model", name, "--device", where.device, *["--half"] * where.half]
     printed = subprocess.run(run, check=True, capture_output=True, text=True).stdout
     return [float(number) for number in printed.split()[-2:]]
 
 
-def child(side: str, name: str) -> None:
-    model = Ours(name) if side == "ours" else Transformers(name)
-    made = resident("VmRSS")
-    pixels, targets = torch.randn(2, 3, 480, 640), random_targets(2, 8)
+def child(side: str, name: str, where: Where) -> None:
+    model = where.ours(name) if side == "ours" else where.peer(name)
+    on_gpu = where.device == "cuda"
+    made = torch.cuda.memory_allocated() / 2**20 if on_gpu else resident("VmRSS")
+    pixels, targets = where.work()
     for _ in range(3):
         model.train(pixels, targets)
-    peak = resident("VmHWM")  # getrusage would count what the parent held when it forked
+    # getrusage would count what the parent held when it forked
+    peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else resident("VmHWM")
     print(peak, peak - made)
 
 
@@ -115,51 +146,51 @@ def resident(field: str) -> float:
     return int(found[1]) / 1024
 
 
-def compare(model: str, only: Sequence[str], rounds: int) -> list[dict[str, Any]]:
+def compare(model: str, only: Sequence[str], where: Where, rounds: int) -> list[dict[str, Any]]:
     """Training, inference and peak memory of one model."""
     results: list[dict[str, Any]] = []
     if {"training", "inference"} & set(only):
-        ours, peer = Ours(model), Transformers(model)
+        ours, peer = where.ours(model), where.peer(model)
     if "training" in only:
-        pixels, targets = torch.randn(2, 3, 480, 640), random_targets(2, 8)
+        pixels, targets = where.work()
         pairs = [("as published", ours, peer)]
         if model in REAL_TIME:
             pairs = [("as published", ours, peer)]
         elif model == "dino":
-            pairs.append(("same work", Ours("dino without denoising"), peer))
+            pairs.append(("same work", where.ours("dino without denoising"), peer))
         else:
-            pairs.append(("its default, less dropout", ours, Transformers(model, dropout=0.0)))
+            pairs.append(("its default, less dropout", ours, where.peer(model, dropout=0.0)))
         for what, a, b in pairs:
             steps = (lambda m=a: m.train(pixels, targets), lambda m=b: m.train(pixels, targets))
             results.append(interleaved(f"{model}: training step 2x480x640 / {what}", *steps, rounds))
         if "compiled" in only:
-            quick = Ours(model, compiled=True)
+            quick = where.ours(model, compiled=True)
             steps = (lambda: quick.train(pixels, targets), lambda: peer.train(pixels, targets))
             results.append(interleaved(f"{model}: training step 2x480x640 / compiled", *steps, rounds))
         del pairs
     if "inference" in only:
         height, width = (640, 640) if model in REAL_TIME else (800, 1066)
-        photo = torch.randn(1, 3, height, width)
+        photo = torch.randn(1, 3, height, width, device=where.device)
         looks = (lambda: ours.infer(photo), lambda: peer.infer(photo))
         results.append(interleaved(f"{model}: inference 1x{height}x{width}", *looks, rounds))
         if "compiled" in only:
-            quick = Ours(model, compiled=True)
+            quick = where.ours(model, compiled=True)
             looks = (lambda: quick.infer(photo), lambda: peer.infer(photo))
             results.append(interleaved(f"{model}: inference 1x{height}x{width} / compiled", *looks, rounds))
     if "memory" in only:
-        whole, above = zip(peak_memory("ours", model), peak_memory("peer", model), strict=True)
+        whole, above = zip(peak_memory("ours", model, where), peak_memory("peer", model, where), strict=True)
         for what, (a, b) in (("peak memory of training", whole), ("what the steps added", above)):
             print(f"{model + ': ' + what:52s} ours {a:8.0f} MB   peer {b:8.0f} MB   ratio {a / b:.2f}")
             results.append({"name": f"{model}: {what}", "ours_mb": a, "peer_mb": b, "ratio": a / b})
     return results
 
 
-def laptop(rounds: int) -> list[dict[str, Any]]:
+def laptop(where: Where, rounds: int) -> list[dict[str, Any]]:
     """Inference of the model of `qv train --data` beside the real-time peers, batch 1, 640x640."""
-    ours, photo = Ours("laptop"), torch.randn(1, 3, 640, 640)
+    ours, photo = where.ours("laptop"), torch.randn(1, 3, 640, 640, device=where.device)
     results = []
     for name in REAL_TIME:
-        peer = Transformers(name)
+        peer = where.peer(name)
         looks = (lambda: ours.infer(photo), lambda p=peer: p.infer(photo))
         results.append(interleaved(f"laptop / transformers' {name}: 1x640x640", *looks, rounds))
     return results
@@ -171,19 +202,24 @@ def main() -> None:
     parser.add_argument("--model", nargs="*", choices=["detr", "deformable", "dino", *REAL_TIME], default=["detr"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", nargs="*", default=["training", "inference", "assignment", "memory"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--half", action="store_true", help="bfloat16 autocast on both sides")
     parser.add_argument("--json", help="write the figures there")
     parser.add_argument("--child", choices=["ours", "peer"], help=argparse.SUPPRESS)
     options = parser.parse_args()
+    where = Where(options.device, options.half)
     if options.child:
-        child(options.child, options.model[0])
+        child(options.child, options.model[0], where)
         return
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, median of {options.rounds}, interleaved")
-    results = [result for model in options.model for result in compare(model, options.only, options.rounds)]
+    machine = torch.cuda.get_device_name() if where.device == "cuda" else f"{torch.get_num_threads()} threads"
+    precision = "bfloat16" if where.half else "float32"
+    print(f"torch {torch.__version__}, {machine}, {precision}, median of {options.rounds}, interleaved")
+    results = [result for model in options.model for result in compare(model, options.only, where, options.rounds)]
     if "assignment" in options.only:
-        results += assignment(options.rounds)
+        results += assignment(where, options.rounds)
     if "laptop" in options.only:
-        results += laptop(options.rounds)
+        results += laptop(where, options.rounds)
     if options.json:
         with open(options.json, "w") as file:
             json.dump(results, file, indent=2)

@@ -14,7 +14,7 @@ from queryvision.structures import ImageBatch, Targets
 CLASSES = 91
 
 
-def random_targets(batch: int, count: int) -> Targets:
+def random_targets(batch: int, count: int, device: str = "cpu") -> Targets:
     boxes = torch.cat((0.3 + 0.4 * torch.rand(batch, count, 2), 0.05 + 0.3 * torch.rand(batch, count, 2)), -1)
     valid = torch.ones(batch, count, dtype=torch.bool)
     counts = (count,) * batch
@@ -28,12 +28,12 @@ def random_targets(batch: int, count: int) -> Targets:
         covers_all=True,
         sizes=torch.full((batch, 2), 480),
         ignore_boxes=torch.zeros(batch, 0, 4),
-    )
+    ).to(device)
 
 
 def images_of(pixels: torch.Tensor) -> ImageBatch:
     batch, _, height, width = pixels.shape
-    padding = torch.zeros(batch, height, width, dtype=torch.bool)
+    padding = torch.zeros(batch, height, width, dtype=torch.bool, device=pixels.device)
     return ImageBatch(pixels, padding, False, torch.tensor([[height, width]] * batch))
 
 
@@ -63,14 +63,17 @@ class Ours:
     Args:
         name: of the model.
         compiled: whether backbone, encoder and decoder layers are.
+        device: that it runs on.
+        half: forward passes in bfloat16 where autocast allows it.
     """
 
-    def __init__(self, name: str, compiled: bool = False) -> None:
+    def __init__(self, name: str, compiled: bool = False, device: str = "cpu", half: bool = False) -> None:
         from queryvision.criterion import Criterion
         from queryvision.tasks import detection
 
         builder, settings = OURS[name]
-        self.model: Any = getattr(detection, builder)(CLASSES, **settings)
+        self.model: Any = getattr(detection, builder)(CLASSES, **settings).to(device)
+        self.autocast = torch.autocast(device, torch.bfloat16, enabled=half)
         if compiled:
             from queryvision.engine.compilation import compile_parts
 
@@ -81,13 +84,14 @@ class Ours:
 
     def train(self, pixels: torch.Tensor, targets: Targets) -> None:
         self.model.train()
-        losses = self.criterion(self.model(images_of(pixels), targets), targets)
-        losses.total.backward()
+        with self.autocast:
+            outputs = self.model(images_of(pixels), targets)
+        self.criterion(outputs, targets).total.backward()
         update(self.model, self.optimizer)
 
     def infer(self, pixels: torch.Tensor) -> None:
         self.model.eval()
-        with torch.inference_mode():
+        with torch.inference_mode(), self.autocast:
             self.model(images_of(pixels))
 
 
@@ -97,14 +101,18 @@ class Transformers:
     Args:
         name: of the model.
         dropout: of attention weights and inside the feed-forward parts: 0.1 as published and ours; its default is 0.
+        device: that it runs on.
+        half: forward passes and losses in bfloat16 where autocast allows it.
     """
 
-    def __init__(self, name: str, dropout: float = 0.1) -> None:
+    def __init__(self, name: str, dropout: float = 0.1, device: str = "cpu", half: bool = False) -> None:
+        self.autocast = torch.autocast(device, torch.bfloat16, enabled=half)
         if name in REAL_TIME:
             self.model = peer_real_time(name)
         else:
             self.model = peer_detr(dropout) if name == "detr" else peer_deformable(dropout, name == "dino")
             self._freeze()
+        self.model.to(device)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
 
@@ -116,12 +124,14 @@ class Transformers:
     def train(self, pixels: torch.Tensor, targets: Targets) -> None:
         self.model.train()
         labels = [{"class_labels": c, "boxes": b} for c, b in zip(targets["labels"], targets["boxes"], strict=True)]
-        self.model(pixels, labels=labels).loss.backward()
+        with self.autocast:
+            loss = self.model(pixels, labels=labels).loss
+        loss.backward()
         update(self.model, self.optimizer)
 
     def infer(self, pixels: torch.Tensor) -> None:
         self.model.eval()
-        with torch.inference_mode():
+        with torch.inference_mode(), self.autocast:
             self.model(pixels)
 
 

@@ -8,6 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from queryvision.config import load_config
+from queryvision.engine.trainer import Trainer
+from queryvision.run import Run as TrainingRun
+
 TINY = (
     "--set", "model={name: detr, backbone: resnet18, width: 32, num_heads: 4, ffn_width: 64, encoder_layers: 1, "
     "decoder_layers: 2, num_queries: 12}", "--set", "heads={}", "--image-size", "64", "--batch-size", "4", "--weights", "none",
@@ -35,3 +39,12 @@ def wait_for_rows(process: subprocess.Popen[str], table: Path) -> None:
 
 
 Call = Callable[..., Done]
+
+TASKS = ("detection", "instance", "panoptic", "keypoints", "instance+keypoints")
+
+
+def trainer_of(task: str, folder: Path, *settings: str, data: Path | None = None, **given: object) -> Trainer:
+    """The trainer of a task's preset from random weights, with few queries, on small images."""
+    few = {"data.image_size": 96, "train.batch_size": 4, "weights": "none", "data.workers": 0, "model.num_queries": 40}
+    where = {} if data is None else {"data.path": str(data)}
+    return TrainingRun(load_config(task, None, {**few, **where, **given}, settings), folder).trainer(resume=False)
