@@ -11,13 +11,14 @@ Training step: forward, loss, backward, AdamW, at 2x480x640. Inference: 1x800x10
 model of `qv train --data` at that size beside both peers, `compiled` ours with compiled parts beside the eager peer.
 Assignment: costs and matching of 6 layers x 16 images x 100 queries x 20 targets against the published way (a matrix over all
 images, layer by layer). Peak memory is that of a process of its own which imports what its side needs and does three training
-steps: of all of it, and above what it took once its model was made; on a GPU, what tensors took there at most. `--half` runs
-both sides in bfloat16 (autocast). Needs the test extra.
+steps: of all of it, above what it took once its model was made, and of its tensors (what counts on a GPU). `--half`
+runs both sides in bfloat16 (autocast). Needs the test extra.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import statistics
@@ -121,22 +122,34 @@ def assignment(where: Where, rounds: int) -> list[dict[str, Any]]:
 
 
 def peak_memory(side: str, name: str, where: Where) -> list[float]:
-    """MB of a fresh process that does three training steps: the peak, and what the steps added."""
+    """MB of a fresh process that does three training steps: its peak, what the steps added, and the tensors' peak."""
     run = [sys.executable, __file__, "--child", side, "--model", name, "--device", where.device, *["--half"] * where.half]
     printed = subprocess.run(run, check=True, capture_output=True, text=True).stdout
-    return [float(number) for number in printed.split()[-2:]]
+    return [float(number) for number in printed.split()[-3:]]
 
 
 def child(side: str, name: str, where: Where) -> None:
     model = where.ours(name) if side == "ours" else where.peer(name)
-    on_gpu = where.device == "cuda"
-    made = torch.cuda.memory_allocated() / 2**20 if on_gpu else resident("VmRSS")
+    made = resident("VmRSS")
     pixels, targets = where.work()
     for _ in range(3):
         model.train(pixels, targets)
-    # getrusage would count what the parent held when it forked
-    peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else resident("VmHWM")
-    print(peak, peak - made)
+    peak = resident("VmHWM")  # getrusage would count what the parent held when it forked
+    print(peak, peak - made, tensor_peak(lambda: model.train(pixels, targets), where.device))
+
+
+def tensor_peak(step: Callable[[], Any], device: str) -> float:
+    """MB that PyTorch's allocator gave out at most during a step, above what it had given out before."""
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    results = profile.profiler.kineto_results.events()
+    moves = sorted((event.start_ns(), event.nbytes()) for event in results if event.name() == "[memory]")
+    return max(itertools.accumulate(size for _, size in moves)) / 2**20
 
 
 def resident(field: str) -> float:
@@ -178,8 +191,8 @@ def compare(model: str, only: Sequence[str], where: Where, rounds: int) -> list[
             looks = (lambda: quick.infer(photo), lambda: peer.infer(photo))
             results.append(interleaved(f"{model}: inference 1x{height}x{width} / compiled", *looks, rounds))
     if "memory" in only:
-        whole, above = zip(peak_memory("ours", model, where), peak_memory("peer", model, where), strict=True)
-        for what, (a, b) in (("peak memory of training", whole), ("what the steps added", above)):
+        names = ("peak of a training process", "what the steps added", "peak of a step's tensors")
+        for what, a, b in zip(names, *(peak_memory(side, model, where) for side in ("ours", "peer")), strict=True):
             print(f"{model + ': ' + what:52s} ours {a:8.0f} MB   peer {b:8.0f} MB   ratio {a / b:.2f}")
             results.append({"name": f"{model}: {what}", "ours_mb": a, "peer_mb": b, "ratio": a / b})
     return results

@@ -145,7 +145,10 @@ class BoxHead(Head):
         return change.sigmoid()
 
     def noise(self, targets: Targets, plan: DenoisingPlan, generators: Sequence[torch.Generator] | None) -> Noise:
-        """Anchors: the box, its corners moved by up to `box_noise` of half its size, negative ones by once to twice that."""
+        """Anchors: the box, its corners moved by up to `box_noise` of half its size, negative ones by once to twice that.
+
+        Corners that pass each other leave no width or height (DINO, RT-DETR), or change places (D-FINE).
+        """
         boxes = plan.of(targets["boxes"])
         draw = uniform(boxes[:, None].expand(-1, 2, *boxes.shape[1:]), generators)  # (B,2,Q,4)
         far = draw[:, 0] + (~plan.positive[..., None])
@@ -153,7 +156,9 @@ class BoxHead(Head):
         half = boxes[..., 2:].repeat(1, 1, 2) * 0.5
         corners = (cxcywh_to_xyxy(boxes) + far * sign * half * self.box_noise).clamp(0, 1)
         known = plan.of(targets.has["boxes"]) & (plan.target >= 0)
-        return Noise(anchors=torch.where(known[..., None], xyxy_to_cxcywh(corners).clamp(min=0), 0.5))
+        moved = xyxy_to_cxcywh(corners)
+        moved = moved.clamp(min=0) if self.edges is None else moved.abs()
+        return Noise(anchors=torch.where(known[..., None], moved, 0.5))
 
     def count(self, targets: Targets, num_queries: int, repeats: int = 1) -> float:
         """Number of targets with a box."""

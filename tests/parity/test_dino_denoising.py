@@ -133,6 +133,23 @@ def test_corners_move_less_than_half_a_size_or_between_one_and_two_of_it(box_noi
             assert (mine.sign().prod(-1) < 0).float().mean() > 0.4, "corners move independently"
 
 
+def test_corners_that_pass_each_other_leave_no_box_or_change_places() -> None:
+    """DINO and RT-DETR cut at 0, D-FINE mirrors (D-FINE:src/zoo/dfine/denoising.py): sides of negative queries are its own."""
+    targets, plan = many()
+    anchors = {}
+    for distributions in (False, True):
+        fit = Fit(8, anchors=4, denoising=True, distributions=distributions)
+        noise = BoxHead(fit, box_noise=1.0).noise(targets, plan, [torch.Generator().manual_seed(0)])
+        assert noise.anchors is not None
+        anchors[distributions] = noise.anchors[~plan.positive]
+    cut, mirrored = anchors[False], anchors[True]
+    crossed = cut[:, 2:] == 0
+    assert abs(crossed.float().mean() - 0.25) < 0.02, "both corners move inwards, a quarter of the time on either axis"
+    assert torch.equal(mirrored[:, :2], cut[:, :2]) and torch.equal(mirrored[:, 2:][~crossed], cut[:, 2:][~crossed])
+    wanted = plan.of(targets["boxes"])[~plan.positive][:, 2:][crossed]
+    assert (mirrored[:, 2:][crossed] <= wanted + 1e-6).all() and (mirrored[:, 2:][crossed] > 0).float().mean() > 0.99
+
+
 @pytest.mark.parametrize(("share", "changed"), [(0.5, 0.2), (1.0, 0.4), (0.0, 0.0)])
 def test_half_the_share_of_labels_is_drawn_at_random(share: float, changed: float) -> None:
     """Of those drawn among 5 classes a fifth stays what it was."""
