@@ -36,7 +36,7 @@ class DataSettings(Settings):
         128, description="short side in pixels, or auto: chosen from the data; the long side is capped at 1333/800 of it"
     )
     augmentation: Literal["strong", "lsj", "flip", "detr", "light", "none"] = Field(
-        "light", description="strong: RT-DETR's, then light; detr: as published; light; lsj: large-scale jitter; flip; none"
+        "light", description="strong: RT-DETR's, then flip; detr: as published; light; lsj: large-scale jitter; flip; none"
     )
     mosaic: float = Field(0.0, ge=0, le=1, description="probability that four images share one")
     mixup: float = Field(0.0, ge=0, le=1, description="probability that a second image is blended in")

@@ -163,6 +163,11 @@ class Run:
                 f"warning: an image has {self.train_data.max_objects} objects but the model only {model.num_queries} queries; "
                 f"the rest cannot be found. Set model.num_queries to at least {self.train_data.max_objects}"
             )
+        if self.train_data.max_objects > self.config.evaluation.max_results:
+            self.say(
+                f"warning: an image has {self.train_data.max_objects} objects but only the best "
+                f"{self.config.evaluation.max_results} results are kept; set evaluation.max_results"
+            )
 
     def _batches(self, start: int) -> Iterator[Batch]:
         data = self.config.data

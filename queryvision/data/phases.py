@@ -48,7 +48,7 @@ def training_phases(
     """What training images go through.
 
     Args:
-        augmentation: a name that `training_transform` knows; "strong" is that of the first part, and "light" follows.
+        augmentation: a name that `training_transform` knows; "strong" is that of the first part, and "flip" follows.
         image_size: largest short side in px.
         until: number of batches in the first part.
         mosaic: probability in the first part.
@@ -64,7 +64,7 @@ def training_phases(
     """
     transform = training_transform(augmentation, image_size, flip_pairs)
     strong = augmentation == "strong"
-    later = training_transform("light", image_size, flip_pairs) if strong else transform
+    later = training_transform("flip", image_size, flip_pairs) if strong else transform
     if not (strong or mosaic or mixup or copy_blend):
         return later, None
     mixer = Mixer(image_size, longest_side(image_size), mosaic, mixup, copy_blend)

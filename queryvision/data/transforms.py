@@ -25,6 +25,7 @@ from queryvision.errors import ConfigError, nearest
 PRESETS = ("detr", "light", "strong", "lsj", "flip", "none")
 PUBLISHED_SIZE, PUBLISHED_LONGEST = 800, 1333  # px, DETR
 JITTER = (0.8, 0.85, 0.9, 0.95, 1.0)  # of the image size
+MULTISCALE = tuple(side / 640 for side in range(480, 801, 32))  # the same of "strong"; 480 to 800 at 640, as RT-DETR has it
 ZOOM_BOUND = 1.5  # of zoomed-out images, in image sizes; they are cropped afterwards
 
 
@@ -136,13 +137,13 @@ def training_transform(name: str, image_size: int, flip_pairs: FlipPairs | None 
 
 
 def strong_transform(image_size: int, flip_pairs: FlipPairs | None = None, zoom: bool = True) -> Transform:
-    """Zoom-out, IoU crop, flip, mild scale and photometric distortion, as RT-DETR (arXiv 2304.08069) has them.
+    """Zoom-out, IoU crop, flip, 0.75 to 1.25 times the image size and photometric distortion, as RT-DETR (arXiv 2304.08069).
 
     Colours come last, when the image is small. As published, the images of a batch share their scale; the published recipe
     resizes to a square, here the aspect is kept.
 
     Args:
-        image_size: largest short side in px.
+        image_size: middle one of the short sides in px.
         flip_pairs: see `Transform`.
         zoom: whether there are zoom-out and IoU crop.
 
@@ -150,7 +151,8 @@ def strong_transform(image_size: int, flip_pairs: FlipPairs | None = None, zoom:
         ConfigError: the size is not positive.
     """
     zooming = [ZoomOut(round(ZOOM_BOUND * image_size), p=0.5), IoUCrop(p=0.8)] if zoom else []
-    return Transform([*zooming, Flip(p=0.5), _jitter(image_size, framed=True), A.Sequential(_photometric(), p=0.5)], flip_pairs)
+    scale = _jitter(image_size, MULTISCALE, framed=True)
+    return Transform([*zooming, Flip(p=0.5), scale, A.Sequential(_photometric(), p=0.5)], flip_pairs)
 
 
 def evaluation_transform(image_size: int) -> EvaluationTransform:
@@ -171,10 +173,10 @@ def longest_side(image_size: int) -> int:
     return _scaled(PUBLISHED_LONGEST, image_size)
 
 
-def _jitter(image_size: int, framed: bool = False) -> ShortSide:
-    """Mild scales, shared by a batch, so that small images are also quicker."""
-    sizes = [max(1, round(image_size * share)) for share in JITTER]
-    return ShortSide(sizes, longest_side(image_size), framed=framed, together=True)
+def _jitter(image_size: int, shares: Sequence[float] = JITTER, framed: bool = False) -> ShortSide:
+    """Scales that a batch shares, so that small images are also quicker."""
+    sizes = [max(1, round(image_size * share)) for share in shares]
+    return ShortSide(sizes, longest_side(max(sizes)), framed=framed, together=True)
 
 
 def _photometric() -> list[A.BasicTransform]:

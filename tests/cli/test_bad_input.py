@@ -144,12 +144,14 @@ def test_bad_annotations_are_dropped_counted_and_named(call: Call, train: Refuse
     checked = call("data", "check", data)
     assert checked.code == 1 and "train_00000.png: cannot be read" in checked.out
     spoil(lambda content: content["annotations"].extend({**content["annotations"][9], "id": 10_000 + i} for i in range(20)))
-    done = call("train", "--data", data, *TINY, "--epochs", "1", "--output", tmp_path / "out", "--set", "evaluation.pictures=0")
+    done = call("train", "--data", data, *TINY, "--epochs", "1", "--output", tmp_path / "out", "--set", "evaluation.pictures=0",
+                "--set", "evaluation.max_results=15")  # fmt: skip
     assert done.code == 0, done
     assert "4 of" in done.out and "annotations dropped" in done.out and all(f"1 {kind}" in done.out for kind in BAD)
     assert "skipped unreadable image" in done.out and "times an image could not be read" in done.out
     objects = next(int(word) for line in done.out.splitlines() if "queries" in line for word in line.split() if word.isdigit())
     assert objects > 20 and f"model.num_queries to at least {objects}" in done.out and "only 12 queries" in done.out
+    assert "only the best 15 results are kept; set evaluation.max_results" in done.out
     assert (tmp_path / "out/detection/custom/best.pt").exists()
 
 

@@ -23,7 +23,10 @@ SMALL = ("--image-size", "64", "--set", "model.num_queries=10")
 
 @pytest.mark.parametrize(
     ("task", "words", "size"),
-    [("detection", TINY, 8), ("panoptic+keypoints", (*SMALL, "--batch-size", "2"), 2)],  # 8: one process has no image
+    [
+        ("detection", TINY, 8),  # one process has no image
+        pytest.param("panoptic+keypoints", (*SMALL, "--batch-size", "2"), 2, marks=pytest.mark.slow),
+    ],
 )
 def test_an_evaluation_of_two_processes_is_that_of_one(
     task: str, words: tuple[str, ...], size: int, scenes: Path, tmp_path: Path, call: Call

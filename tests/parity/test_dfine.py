@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import learning_peers
 import numpy as np
 import published
 import pytest
@@ -407,6 +408,19 @@ def test_with_pairs_of_each_stage_all_losses_are_those_of_transformers(labels: l
     ):
         assert expected.abs().max() > 1e-3
         close(found, expected, 1e-5)
+
+    # The peer of `scripts/compare_learning.py`, whose answers come with the batch in front.
+    def in_front(name: str, *kinds: str) -> Tensor:
+        return torch.cat([drawn[kind][name] for kind in kinds]).transpose(0, 1)
+
+    total, _, _ = learning_peers._dfine_loss(
+        torch.empty(0), peer_targets(targets), "cpu", torch.empty(0), DFineConfig(num_labels=5),
+        in_front("logits", "initial", "layer"), in_front("boxes", "initial", "layer"),
+        predicted_corners=in_front("corners", "layer").flatten(3), initial_reference_points=in_front("reference", "layer"),
+        enc_topk_logits=drawn["proposal"]["logits"][0], enc_topk_bboxes=drawn["proposal"]["boxes"][0],
+        denoising_meta_values=None,
+    )  # fmt: skip
+    torch.testing.assert_close(total, mine.total)
 
 
 @pytest.mark.parametrize("labels", [[[1, 2, 2, 0], [4]], [[2, 0, 3, 1], [3, 3, 1, 2]], [[], [1, 4]]])
