@@ -101,7 +101,7 @@ def test_a_floor_of_steps(call: Call, scenes: Path, tmp_path: Path) -> None:
     done = call(*words, "--steps", "2")
     assert done.code == 0 and " 2 steps (" in done.out, "steps that are given are the steps"
     assert sum(line.startswith("warning: ") for line in done.out.splitlines()) == 1
-    assert load_config("detection", None, {"data.path": "x"}).train.min_steps == 1000
+    assert load_config("detection", None, {"data.path": "x"}).train.min_steps == 800
     assert load_config("detection", None, {"data.path": "x", "train.epochs": 3}).train.min_steps == 0
 
 
