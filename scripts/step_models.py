@@ -34,7 +34,7 @@ def random_targets(batch: int, count: int, device: str = "cpu") -> Targets:
 def images_of(pixels: torch.Tensor) -> ImageBatch:
     batch, _, height, width = pixels.shape
     padding = torch.zeros(batch, height, width, dtype=torch.bool, device=pixels.device)
-    return ImageBatch(pixels, padding, False, torch.tensor([[height, width]] * batch))
+    return ImageBatch(pixels, padding, False, torch.tensor([[height, width]] * batch, device=pixels.device))
 
 
 def update(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:

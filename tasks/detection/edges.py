@@ -125,7 +125,7 @@ class Edges(nn.Module):
         weight = confidence.expand(stages, -1, -1).clone()
         weight[match.stage, match.image, match.query] = iou
         paired = torch.zeros_like(weight)
-        paired[match.stage, match.image, match.query] = 1.0
+        paired[match.stage, match.image, match.query] = torch.ones_like(iou)  # a number would be copied, and waited for
         others = 1 - paired if round.real is None else (1 - paired) * round.real
         loss = distillation(answer["corners"], teacher["corners"]).sum(-1) * weight
         num_paired = len(match.query) / stages

@@ -46,8 +46,7 @@ class Canvas:
     @property
     def cells(self) -> Tensor:
         """Width and height of the map, (2,)."""
-        height, width = self.pixels.map.shape[-2:]
-        return self.pixels.extents.new_tensor([width, height])
+        return _size(self.pixels.map, self.pixels.extents)
 
     def middles(self, axis: int) -> Tensor:
         """Middles of the map's columns (axis 0) or rows (1), 0..1 of each unpadded image, (B,w) or (B,h)."""
@@ -56,8 +55,7 @@ class Canvas:
 
     def on_targets(self, points: Tensor, masks: Tensor) -> Tensor:
         """Points (...,2) of the map as points of target masks (...,H,W), whose pixels it may outreach a little."""
-        height, width = masks.shape[-2:]
-        return points * (self.cells * self.pixels.stride / self.cells.new_tensor([width, height]))
+        return points * (self.cells * self.pixels.stride / _size(masks, self.pixels.extents))
 
 
 class MaskHead(Head):
@@ -313,6 +311,12 @@ def axis_prior(places: Tensor, weights: Tensor, around: Tensor, axis: int) -> Te
     inside = u.clamp(-1, 1)
     beyond = u.abs().clamp(min=1).log()
     return weights[..., 0, None] * inside + weights[..., 1, None] * inside.square() - weights[..., 2, None] * beyond
+
+
+def _size(maps: Tensor, like: Tensor) -> Tensor:
+    """Width and height of maps (...,H,W), (2,) of the dtype and device of `like`; the host does not wait."""
+    height, width = maps.shape[-2:]
+    return torch.tensor([width, height], dtype=like.dtype).to(like.device, non_blocking=True)
 
 
 def _prior(width: int) -> nn.Linear:

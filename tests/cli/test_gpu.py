@@ -59,7 +59,8 @@ def test_a_gpu_computes_what_a_cpu_computes(task: str, tmp_path: Path, exact: No
     (terms, norms), (gpu_terms, gpu_norms) = (losses_of(trainer, batch, device) for device in ("cpu", "cuda"))
     assert gpu_terms == pytest.approx(terms, rel=2e-3, abs=1e-4)
     largest = max(norms.values())
-    assert gpu_norms == pytest.approx(norms, rel=2e-2, abs=1e-3 * largest)
+    # Proposals of random weights are nearly alike, so the last digit may give a target to another one.
+    assert gpu_norms == pytest.approx(norms, rel=5e-2, abs=5e-3 * largest)
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
