@@ -43,8 +43,7 @@ Call = Callable[..., Done]
 TASKS = ("detection", "instance", "panoptic", "keypoints", "instance+keypoints")
 
 
-def trainer_of(task: str, folder: Path, *settings: str, data: Path | None = None, **given: object) -> Trainer:
+def trainer_of(task: str, folder: Path, *settings: str, **given: object) -> Trainer:
     """The trainer of a task's preset from random weights, with few queries, on small images."""
     few = {"data.image_size": 96, "train.batch_size": 4, "weights": "none", "data.workers": 0, "model.num_queries": 40}
-    where = {} if data is None else {"data.path": str(data)}
-    return TrainingRun(load_config(task, None, {**few, **where, **given}, settings), folder).trainer(resume=False)
+    return TrainingRun(load_config(task, None, {**few, **given}, settings), folder).trainer(resume=False)
