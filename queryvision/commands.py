@@ -154,7 +154,7 @@ def predict(
         result = predictor.predict(picture, threshold)
         drawn = _free(folder, path.stem, taken)
         predictor.task.draw(Image.fromarray(picture), result).save(drawn, quality=92)
-        records += predictor.task.records(result, index)
+        records += filter(None, predictor.task.records(result, index))
         if predictor.task.save is not None:
             kept[drawn.stem] = result
         height, width = result.size

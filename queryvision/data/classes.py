@@ -42,13 +42,13 @@ class ClassMap:
         """Builds the map from COCO `categories` (`id`, `name`, optional `isthing`), sorted by id.
 
         Raises:
-            DataError: an entry lacks its id or name, or occurs twice.
+            DataError: an entry lacks its id or name, or occurs twice; or see `Skeleton.from_category`.
         """
         rows = []
         for row in categories:
             if not isinstance(row, Mapping) or not isinstance(row.get("id"), int) or not isinstance(row.get("name"), str):
                 raise DataError(f"{where}: category {row!r} needs an integer 'id' and a 'name'")
-            rows.append((row["id"], row["name"], bool(row.get("isthing", 1)), Skeleton.from_category(row)))
+            rows.append((row["id"], row["name"], bool(row.get("isthing", 1)), Skeleton.from_category(row, where)))
         rows.sort(key=lambda row: row[:2])
         if not rows:
             raise DataError(f"{where}: there is no category; a COCO file lists its classes under 'categories'")

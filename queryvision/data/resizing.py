@@ -234,7 +234,13 @@ class ScaleJitter(Crop):
 
 
 class Flip(A.HorizontalFlip):  # type: ignore[misc]
-    """Mirrors left and right; unlike its base it takes any number of masks at once."""
+    """Mirrors left and right; unlike its base any number of masks at once, and points as it does boxes: x comes to W - x."""
+
+    def apply_to_keypoints(self, keypoints: NDArray[Any], **params: Any) -> NDArray[Any]:
+        """(n,5) x, y, z, angle, scale in px -> mirrored."""
+        moved = keypoints.copy()
+        moved[:, 0] = params["shape"][1] - moved[:, 0]
+        return moved
 
     def apply_to_masks(self, masks: NDArray[Any], **params: Any) -> NDArray[Any]:
         """(n,H,W) -> mirrored."""

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from queryvision.errors import DataError
+
 COCO_SIGMAS = {
     "nose": 0.026, "eye": 0.025, "ear": 0.035, "shoulder": 0.079, "elbow": 0.072,
     "wrist": 0.062, "hip": 0.107, "knee": 0.087, "ankle": 0.089,
@@ -40,26 +42,39 @@ class Skeleton:
         return len(self.names)
 
     @classmethod
-    def from_category(cls, category: Mapping[str, Any]) -> Skeleton | None:
+    def from_category(cls, category: Mapping[str, Any], where: str = "categories") -> Skeleton | None:
         """Reads a COCO category: `keypoints`, `skeleton` (from 1), and beyond COCO `flip_pairs` (from 0) and `sigmas`.
 
         Without `flip_pairs` the names tell: `left_eye` and `right_eye` are a pair. Without `sigmas` COCO's are taken by name,
-        and 0.07 for others. What makes no sense is left out.
+        and 0.07 for others. Limbs of keypoints that do not exist are not drawn.
 
         Returns:
             None where the category has no keypoints.
+
+        Raises:
+            DataError: `flip_pairs` or `sigmas` make no sense, and would teach or judge wrongly.
         """
         names = category.get("keypoints")
         if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
             return None
         count = len(names)
         limbs = tuple((a - 1, b - 1) for a, b in _pairs(category.get("skeleton")) if 0 < a <= count and 0 < b <= count)
-        given = category.get("flip_pairs")
-        pairs = tuple(p for p in _pairs(given) if min(p) >= 0 and max(p) < count) if isinstance(given, list) else by_name(names)
-        sigmas = category.get("sigmas")
-        if isinstance(sigmas, list) and len(sigmas) == count and all(isinstance(s, int | float) and s > 0 for s in sigmas):
-            return cls(tuple(names), limbs, pairs, tuple(map(float, sigmas)))
-        return cls(tuple(names), limbs, pairs, tuple(map(_sigma, names)))
+        given, sigmas = category.get("flip_pairs"), category.get("sigmas")
+        pairs = by_name(names) if given is None else tuple(_pairs(given))
+        told = [index for pair in pairs or () for index in pair]
+        lost = given is not None and not (isinstance(given, list) and len(given) == len(pairs or ()))
+        if lost or len(set(told)) < len(told) or any(not 0 <= index < count for index in told):
+            raise DataError(
+                f"{where}: category '{category.get('name')}': flip_pairs {given} must be pairs of different keypoints, "
+                f"counted from 0 to {count - 1}, each in one pair"
+            )
+        if sigmas is None:
+            return cls(tuple(names), limbs, pairs, tuple(map(_sigma, names)))
+        if not (
+            isinstance(sigmas, list) and len(sigmas) == count and all(isinstance(s, int | float) and s > 0 for s in sigmas)
+        ):
+            raise DataError(f"{where}: category '{category.get('name')}': sigmas {sigmas} must be {count} numbers above 0")
+        return cls(tuple(names), limbs, pairs, tuple(map(float, sigmas)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, for checkpoints and JSON."""

@@ -212,10 +212,10 @@ class LabelHead(Head):
         """Weighted cross entropy summed over images and queries, (S,)."""
         nothing = logits.shape[-1] - 1
         pairs = (match.stage, match.image, match.query, match.wanted(self._labels(round, targets)))
-        if not targets.covers_all:
-            logits = logits.masked_fill(~self._covers(round, targets, logits, pairs), torch.finfo(logits.dtype).min)
         wanted = torch.full(logits.shape[:-1], nothing, device=logits.device)
         wanted[pairs[:3]] = pairs[3]
+        if not targets.covers_all:
+            logits = _background_with(logits, ~self._covers(round, targets, logits, pairs), wanted == nothing)
         weights = torch.where(wanted == nothing, weights * self.no_object_weight, weights)
         return (F.cross_entropy(logits.movedim(-1, 1), wanted, reduction="none") * weights).sum((1, 2))
 
@@ -224,18 +224,36 @@ class LabelHead(Head):
         logits = round.answers[self.name]["logits"][0].float()
         return logits.softmax(-1)[..., :-1] if self.softmax else logits.sigmoid()
 
-    def pick(self, round: Round, limit: int) -> Picks:
+    def pick(self, round: Round, limit: int, pairs: bool = False) -> Picks:
         """The (query, class) pairs that become results.
 
-        Softmax: every query with its best class, no-object apart, as published; sigmoid: the best of all pairs.
+        Softmax: every query with its best class, no-object apart, as DETR has it; sigmoid, or `pairs`: the best of all pairs.
         """
         likely = self.probabilities(round)
-        if self.softmax:
+        if self.softmax and not pairs:
             best, classes = likely.max(-1)
             scores, queries = best.topk(min(limit, best.shape[1]), 1)
             return Picks(queries, classes.gather(1, queries), scores)
         scores, index = likely.flatten(1).topk(min(limit, likely[0].numel()), 1)
         return Picks(torch.div(index, self.num_classes, rounding_mode="floor"), index % self.num_classes, scores)
+
+
+def _background_with(logits: Tensor, hidden: Tensor, unmatched: Tensor) -> Tensor:
+    """Logits whose last one, no-object, also stands for the classes that nobody looked for, where a query has no object.
+
+    "No labelled object" is then "none, or one of a class without labels" (Cermelli et al., arXiv 2002.00718, do so with classes
+    of earlier data); a query that is sure of such a class is left in peace.
+
+    Args:
+        logits: (...,C+1).
+        hidden: (...,C+1) bool, classes that the image's annotations do not speak about.
+        unmatched: (...) bool.
+    """
+    least = torch.finfo(logits.dtype).min
+    mentioned = ~hidden
+    mentioned[..., -1] = False
+    background = torch.where(unmatched, logits.masked_fill(mentioned, least).logsumexp(-1), logits[..., -1])
+    return torch.cat((logits.masked_fill(hidden, least)[..., :-1], background[..., None]), -1)
 
 
 def pick_by_labels(heads: Mapping[str, Head], round: Round, limit: int) -> Picks:

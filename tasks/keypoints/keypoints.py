@@ -106,12 +106,14 @@ class KeypointHead(Head):
             around = said[..., :2] if view.points is None else inverse_sigmoid(view.points.float()) + said[..., :2]
             return {"points": around.sigmoid(), "findable": said[..., 2]}
         said = mlp(view.state).float().unflatten(-1, (self.num_points, 3))
-        if view.anchors is None:
+        around = view.anchors
+        if around is None and "boxes" in view.answers:  # nothing was looked around, as in DETR: the box just answered
+            around = view.answers["boxes"]["boxes"].detach()
+        if around is None:
             points = said[..., :2].sigmoid()
         else:
-            middle = view.anchors[..., None, :2].float()
-            size = view.anchors[..., None, 2:].float() if view.anchors.shape[-1] == 4 else 1.0
-            points = middle + said[..., :2] * size
+            size = around[..., None, 2:].float() if around.shape[-1] == 4 else 1.0
+            points = around[..., None, :2].float() + said[..., :2] * size
         return {"points": points, "findable": said[..., 2]}
 
     def feedback(self, answer: Answer, view: View) -> Feedback:
@@ -121,7 +123,8 @@ class KeypointHead(Head):
     def noise(self, targets: Targets, plan: DenoisingPlan, generators: Sequence[torch.Generator] | None) -> Noise | None:
         """Grouped: points moved so far that each alone has a similarity of 0.5 to 1, of negative queries of 0.1 to 0.5.
 
-        Those that are not labelled start in the middle of the box.
+        Those that are not labelled start in the middle of the moved ones, or of the image if there are none: the middle of the
+        box would give away what the box's own noise hides.
         """
         if not self.slots:
             return None
@@ -133,8 +136,10 @@ class KeypointHead(Head):
         far = 2 * self.sigmas[labels] * (-2 * plan.of(targets["areas"])[..., None] * alike.log()).sqrt()
         angle = 2 * math.pi * draw[:, 1]
         shift = torch.stack((angle.cos(), angle.sin()), -1) * far[..., None] / _pixels(targets)[:, None, None]
-        middle = plan.of(targets["boxes"])[..., None, :2]
-        moved = torch.where(seen[..., None], plan.of(targets[self.name])[..., :2] + shift, middle).clamp(0, 1)
+        moved = (plan.of(targets[self.name])[..., :2] + shift).clamp(0, 1) * seen[..., None]
+        count = seen.sum(-1)[..., None, None]
+        middle = torch.where(count > 0, moved.sum(-2, keepdim=True) / count.clamp(min=1), 0.5)
+        moved = torch.where(seen[..., None], moved, middle)
         rows = torch.where(self.real[labels], self.rows[labels], self.num_points)  # padding goes into a row that is cut off
         points = middle.expand(-1, -1, self.num_points + 1, -1).clone()
         return Noise(points=points.scatter(2, rows[..., None].expand(-1, -1, -1, 2), moved)[:, :, :-1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -40,7 +40,7 @@ class KeypointEvaluator:
         self.boxes = CocoEvaluator(ground_truth, classes, "bbox", backend=backend)
         groups: dict[Skeleton, list[int]] = {}
         for category in ground_truth["categories"]:
-            skeleton = Skeleton.from_category(category)
+            skeleton = Skeleton.from_category(category, "ground truth")
             if skeleton is not None:
                 groups.setdefault(skeleton, []).append(category["id"])
         if not groups:
@@ -65,7 +65,8 @@ class KeypointEvaluator:
         """Takes the whole result of one image, without a threshold."""
         self.boxes.add(image_id, result)
         for skeleton, part in self.parts.items():
-            part.add(image_id, _of_kind(result, skeleton))
+            names = {category["name"] for category in part.ground_truth["categories"]}
+            part.add(image_id, _of_kind(result, skeleton, names))
 
     def compute(self) -> dict[str, float]:
         """{name: value}."""
@@ -75,6 +76,16 @@ class KeypointEvaluator:
         whole = {name: _mean([(m.get(name, math.nan), weights[s]) for s, m in found.items()]) for name in names}
         boxes = {f"box_{name}": value for name, value in self.boxes.compute().items() if "/" not in name}
         return {**{n: v for n, v in whole.items() if "/" not in n}, **boxes, **whole}
+
+    def state(self) -> list[Any]:
+        """What was added, of boxes and of each skeleton in order; see `Shareable`."""
+        return [part.state() for part in (self.boxes, *self.parts.values())]
+
+    def merge(self, states: Iterable[list[Any]]) -> None:
+        """Takes in what other processes gathered; no image counts twice."""
+        for state in states:
+            for part, own in zip((self.boxes, *self.parts.values()), state, strict=True):
+                part.merge([own])
 
 
 def _mean(values: list[tuple[float, int]]) -> float:
@@ -91,9 +102,13 @@ def _only(ground_truth: Mapping[str, Any], ids: list[int]) -> dict[str, Any]:
     return {**ground_truth, **rows}
 
 
-def _of_kind(result: Result, skeleton: Skeleton) -> Result:
-    """The objects whose class has as many keypoints under the same names, without padding."""
-    own = [s is not None and s.names == skeleton.names for s in result.classes.skeletons]
+def _of_kind(result: Result, skeleton: Skeleton, names: Container[str]) -> Result:
+    """The objects of classes of these names with as many keypoints under the same names, without padding."""
+    classes = result.classes
+    own = [
+        s is not None and s.names == skeleton.names and n in names
+        for s, n in zip(classes.skeletons, classes.names, strict=True)
+    ]
     keep = torch.tensor([own[label] for label in result.labels.tolist()], dtype=torch.bool)
     kept = {"keypoints": result.keypoints[keep][:, : len(skeleton)]}
     return replace(result, scores=result.scores[keep], labels=result.labels[keep], values=kept)
@@ -117,13 +132,13 @@ def _draw(picture: Image.Image, result: Result) -> Image.Image:
 
 
 def _records(result: Result, image_id: int) -> list[dict[str, Any]]:
-    """One row for each object, in order; without keypoints where its class has none."""
+    """One row for each object, in order; empty where its class has no keypoints: COCO's tools read one kind of row only."""
     rows = []
     for label, score, points in zip(result.labels.tolist(), result.scores.tolist(), result.keypoints.tolist(), strict=True):
         row = {"image_id": image_id, "category_id": result.classes.ids[label], "score": score}
         skeleton = result.classes.skeletons[label]
-        told = {} if skeleton is None else {"keypoints": [value for point in points[: len(skeleton)] for value in point]}
-        rows.append({**row, **told})
+        told = [] if skeleton is None else [value for point in points[: len(skeleton)] for value in point]
+        rows.append({**row, "keypoints": told} if told else {})
     return rows
 
 

@@ -25,6 +25,7 @@ from queryvision.criterion import Criterion
 from queryvision.head import Steering
 from queryvision.matching import match
 from queryvision.structures import Features, ImageBatch, Match, Outputs, Targets
+from queryvision.tasks.detection import LabelHead
 
 LOSSES = ("softmax", "focal", "varifocal", "mal")
 HEADS = {loss: {head.name: head for head in detection_heads(loss)} for loss in LOSSES}
@@ -104,10 +105,29 @@ def test_classes_that_are_not_covered_are_not_taught(loss: str) -> None:
     other = [c for c in range(CLASSES) if c not in targets["labels"][0, :3]][:1]
     assert other, "the first image holds too many classes"
     covers[0, other] = False
-    by_logits, by_boxes, _, losses = gradients(loss, make_targets([3, 2], covers=covers))
-    assert not by_logits[:, 0, :, other].any()
+    by_logits, by_boxes, found, losses = gradients(loss, make_targets([3, 2], covers=covers))
+    if loss == "softmax":  # an unmatched query may be one of them, so never loses its score
+        assert (by_logits[:, 0, :, other] <= 0).all()
+        assert not by_logits[found.stage, found.image, found.query][found.image == 0][:, other].any()
+    else:
+        assert not by_logits[:, 0, :, other].any()
     rest = [c for c in range(by_logits.shape[-1]) if c not in other]
     assert by_logits[:, 0][..., rest].all() and by_logits[:, 1].all() and by_boxes.any() and losses.total.isfinite()
+
+
+def test_a_query_that_is_sure_of_a_class_without_labels_is_left_in_peace() -> None:
+    head, logits = LabelHead(WIDTH, CLASSES, loss="softmax"), torch.zeros(1, 2, 3, CLASSES + 1)
+    logits[..., 2] = 12.0
+    logits.requires_grad_()
+    covers = torch.ones(2, CLASSES, dtype=torch.bool)
+    covers[0, 2] = False
+    round = make_round({"labels": {"logits": logits}})
+    losses = Criterion({"labels": head})(Outputs([round]), make_targets([0, 0], covers=covers))
+    (gradient,) = torch.autograd.grad(losses.total, logits)
+    assert gradient[:, 0].abs().max() < 1e-4 * gradient[:, 1].abs().max()
+    none_or_unlabelled = logits[0, 0].softmax(-1)[:, [2, CLASSES]].sum(-1)
+    none = logits[0, 1].softmax(-1)[:, CLASSES]
+    close(losses.total, -head.no_object_weight * (none_or_unlabelled.log().sum() + none.log().sum()))
 
 
 @both_losses

@@ -90,7 +90,7 @@ def test_flip_swaps_left_and_right_keypoints() -> None:
     after = Transform([Flip(p=1)], PAIRS)(before, 0).annotations
     old = before.annotations.keypoints
     assert old is not None and after.keypoints is not None
-    np.testing.assert_allclose(after.keypoints[:, 0, 0], 79 - old[:, 1, 0], atol=1e-4)  # the right one is now the left one
+    np.testing.assert_allclose(after.keypoints[:, 0, 0], 80 - old[:, 1, 0], atol=1e-4)  # the right one is now the left one
     np.testing.assert_array_equal(after.keypoints[:, :2, 2], old[:, [1, 0], 2])
     assert not after.keypoints[:, 2].any() and not after.has["keypoints"][:, 2].any()  # unlabelled stays 0, 0, 0
 

@@ -11,7 +11,7 @@ import pytest
 from queryvision.data.classes import ClassMap
 from queryvision.data.scenes import CATEGORIES
 from queryvision.data.skeletons import Skeleton, by_name, shared_flip_pairs
-from queryvision.errors import ConfigError
+from queryvision.errors import ConfigError, DataError
 
 FACE = {"id": 1, "name": "face", "keypoints": ["left_eye", "right_eye", "mouth"], "skeleton": [[1, 3], [2, 3], [1, 9]]}
 
@@ -19,10 +19,30 @@ FACE = {"id": 1, "name": "face", "keypoints": ["left_eye", "right_eye", "mouth"]
 def test_what_a_category_leaves_out_is_told_by_names() -> None:
     face = Skeleton.from_category(FACE)
     assert face == Skeleton(("left_eye", "right_eye", "mouth"), ((0, 2), (1, 2)), ((0, 1),), (0.025, 0.025, 0.07))
-    given = Skeleton.from_category({**FACE, "flip_pairs": [[0, 1], [2, 8]], "sigmas": [0.1, 0.1, 0.2]})
-    assert given is not None and given.flip_pairs == ((0, 1),) and given.sigmas == (0.1, 0.1, 0.2)
-    assert Skeleton.from_category({**FACE, "sigmas": [0.1, -1, 0.2]}) == face
+    given = Skeleton.from_category({**FACE, "flip_pairs": [[0, 2]], "sigmas": [0.1, 0.1, 0.2]})
+    assert given is not None and given.flip_pairs == ((0, 2),) and given.sigmas == (0.1, 0.1, 0.2)
     assert Skeleton.from_category({"id": 2, "name": "car"}) is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"flip_pairs": [[0, 1], [2, 3]]},  # counted from 1, or too many
+        {"flip_pairs": [[-1, 0]]},
+        {"flip_pairs": [[0, 1], [1, 2]]},
+        {"flip_pairs": [[0, 0]]},
+        {"flip_pairs": [[0, 1, 2]]},
+        {"flip_pairs": "left right"},
+        {"sigmas": [0.1, 0.1]},
+        {"sigmas": [0.1, -1, 0.2]},
+        {"sigmas": 0.1},
+    ],
+    ids=str,
+)
+def test_what_would_teach_or_judge_wrongly_is_refused(wrong: dict[str, object]) -> None:
+    (key,) = wrong
+    with pytest.raises(DataError, match=f"faces.json: category 'face': {key}"):
+        ClassMap.from_categories([{**FACE, **wrong}], "faces.json")
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,17 @@ def test_points_start_in_the_middle_of_the_box() -> None:
     assert head(View(torch.randn(1, 1, 8), anchors=anchors, stage=Stage("proposal"))) is None
 
 
+def test_without_anchors_points_are_told_from_the_box_just_answered() -> None:
+    head, state = KeypointHead(Fit(8, 2), SKELETONS), torch.randn(1, 1, 8)
+    box = torch.tensor([[[0.3, 0.4, 0.2, 0.1]]], requires_grad=True)
+    twice, alone = box * torch.tensor([1, 1, 2, 2]), head(View(state))
+    answers = [head(View(state, answers={"boxes": {"boxes": boxes}})) for boxes in (box, twice)]
+    assert alone is not None and answers[0] is not None and answers[1] is not None
+    once, wide = (answer["points"] - box[..., None, :2] for answer in answers)
+    assert torch.allclose(2 * once, wide) and once.any() and not torch.equal(alone["points"], answers[0]["points"])
+    assert torch.autograd.grad(answers[0]["points"].sum(), box, allow_unused=True) == (None,)  # the box is not pulled
+
+
 def test_results_have_the_keypoints_of_their_class() -> None:
     head = KeypointHead(8, SKELETONS)
     final = rounds(head)
@@ -157,6 +168,29 @@ def result_of(classes: ClassMap, rows: list[tuple[int, Tensor]], size: tuple[int
     labels = torch.tensor([label for label, _ in rows], dtype=torch.long)
     boxes = torch.tensor([[0.0, 0.0, 50.0, 50.0]]).expand(len(rows), 4)
     return Result(torch.ones(len(rows)), labels, classes, size, {"boxes": boxes, "keypoints": keypoints})
+
+
+def test_classes_with_the_same_names_and_other_sigmas_are_scored_apart() -> None:
+    names = {"keypoints": list(FACE.names)}
+    categories: list[dict[str, Any]] = [
+        {"id": 1, "name": "face", **names},
+        {"id": 2, "name": "mask", **names, "sigmas": [0.5] * 3},
+    ]
+    points = torch.tensor([[10.0, 10, 2], [30, 10, 2], [20, 30, 1]])
+    row = {"image_id": 7, "bbox": [0, 0, 50, 50], "area": 2500, "iscrowd": 0, "keypoints": points.flatten().tolist()}
+    annotations = [{**row, "id": i, "category_id": i, "num_keypoints": 3} for i in (1, 2)]
+    truth = {"images": [{"id": 7, "height": 60, "width": 60}], "categories": categories, "annotations": annotations}
+    classes = ClassMap.from_categories(categories)
+    evaluator = TASK.evaluator(truth, classes, "auto")
+    evaluator.add(7, result_of(classes, [(0, points), (1, points)], (60, 60)))
+    assert sorted(r["category_id"] for r in evaluator.records) == [1, 2] and evaluator.compute()["AP"] == pytest.approx(1)
+
+
+def test_a_row_without_keypoints_is_not_written() -> None:
+    classes = ClassMap.from_categories([{"id": 1, "name": "face", "keypoints": list(FACE.names)}, {"id": 2, "name": "car"}])
+    assert TASK.records is not None
+    face, car = TASK.records(result_of(classes, [(0, torch.ones(3, 3)), (1, torch.ones(0, 3))], (60, 60)), 7)
+    assert face["keypoints"] == [1.0] * 9 and car == {}
 
 
 def test_evaluator_scores_each_skeleton_with_its_own_sigmas() -> None:
@@ -217,11 +251,9 @@ def test_denoised_points_are_as_similar_as_drawn() -> None:
             d = (noise.points[0, query, k] - found["keypoints"][0, 0, k, :2]) * torch.tensor([120.0, 80.0])
             alike = float((-d.square().sum() / (2 * 400.0 * (2 * sigma) ** 2)).exp())
             assert low - 1e-4 <= alike <= high + 1e-4
-    middle = found["boxes"][:, :, :2]
-    assert torch.allclose(noise.points[0, 0, 2:], middle[0, 0].expand(3, 2))  # hidden, or of the other skeleton
-    assert torch.allclose(noise.points[0, 1], middle[0, 1].expand(5, 2)) and torch.allclose(
-        noise.points[1, 0], middle[1, 0].expand(5, 2)
-    )
+    middle = noise.points[0, 0, :2].mean(0)
+    assert torch.allclose(noise.points[0, 0, 2:], middle.expand(3, 2))  # hidden, or of the other skeleton
+    assert (noise.points[0, 1] == 0.5).all() and (noise.points[1, 0] == 0.5).all()  # nothing is labelled
 
 
 @pytest.mark.slow
