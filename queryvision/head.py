@@ -38,6 +38,7 @@ class View:
     points: Tensor | None = None  # (B,Q,P,2) the same of the head's own slots
     base: Tensor | None = None  # `anchors` with their gradient
     points_base: Tensor | None = None  # `points` with their gradient
+    once: Tensor | None = None  # (B,Q,D) after the norm once, where `state` went through it twice (Mask DINO)
     stage: Stage = Stage("layer", last=True)
     previous: Answer | None = None  # its own answer of the layer before; at inference only of heads that steer
     answers: Mapping[str, Answer] = field(default_factory=dict)  # of the heads before it here; likewise

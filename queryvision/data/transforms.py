@@ -24,6 +24,7 @@ from queryvision.errors import ConfigError, nearest
 
 PRESETS = ("detr", "light", "strong", "lsj", "flip", "none")
 PUBLISHED_SIZE, PUBLISHED_LONGEST = 800, 1333  # px, DETR
+CANVAS = 1024  # px, of large-scale jitter, where images are looked at with a short side of 800
 JITTER = (0.8, 0.85, 0.9, 0.95, 1.0)  # of the image size
 MULTISCALE = tuple(side / 640 for side in range(480, 801, 32))  # the same of "strong"; 480 to 800 at 640, as RT-DETR has it
 ZOOM_BOUND = 1.5  # of zoomed-out images, in image sizes; they are cropped afterwards
@@ -107,7 +108,7 @@ def training_transform(name: str, image_size: int, flip_pairs: FlipPairs | None 
             mild colour, a crop that keeps most objects, and a mild scale that the images of a batch share. "strong": see
             `strong_transform`. "lsj": flip and large-scale jitter (arXiv 2012.07177) as Mask2Former has it. "flip": mirrored
             half the time, else as "none": resize only.
-        image_size: largest short side in px; all of DETR's numbers scale with it (800 as published). Of "lsj" the largest side.
+        image_size: largest short side in px; all of DETR's numbers scale with it (800 as published), and the side of "lsj" (1024 at 800).
         flip_pairs: see `Transform`.
 
     Raises:
@@ -129,7 +130,7 @@ def training_transform(name: str, image_size: int, flip_pairs: FlipPairs | None 
     if name == "strong":
         return strong_transform(image_size, flip_pairs)
     if name == "lsj":
-        return Transform([Flip(p=0.5), ScaleJitter(image_size)], flip_pairs)
+        return Transform([Flip(p=0.5), ScaleJitter(_scaled(CANVAS, image_size))], flip_pairs)
     if name in ("flip", "none"):
         flip = [Flip(p=0.5)] if name == "flip" else []
         return Transform([*flip, ShortSide([image_size], longest)], flip_pairs)

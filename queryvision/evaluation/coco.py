@@ -99,8 +99,9 @@ class CocoEvaluator:
         if image_id not in self._sizes:
             raise DataError(f"image {image_id} is not in the ground truth; evaluate on the split that the annotations describe")
         size = self._sizes[image_id]
-        if self.kind == "segm" and None not in size and tuple(result.masks.shape[1:]) != size:
-            shape = "x".join(str(side) for side in result.masks.shape[1:])
+        found = _mask_size(result) if self.kind == "segm" and None not in size else size
+        if found != size:
+            shape = "x".join(str(side) for side in found)
             raise DataError(f"image {image_id}: masks are {shape}, the annotations say {size[0]}x{size[1]} (height x width)")
         self._images[image_id] = _detections(result, self.kind, self.category_ids)
 
@@ -173,6 +174,14 @@ def _detections(result: Result, kind: Kind, ids: Mapping[int, int]) -> ImageDete
         "num_unknown": int((~known).sum()),
         "num_not_finite": int((known & ~finite).sum()),
     }
+
+
+def _mask_size(result: Result) -> tuple[int, ...]:
+    """Height and width of its masks, which are not built for it."""
+    masks = result.values.get("masks")
+    if masks is None:
+        raise DataError(f"results hold {list(result.values)}, no 'masks' to compare")
+    return tuple(masks.shape[1:]) if isinstance(masks, Tensor) else masks.size
 
 
 def _numpy(value: Tensor) -> NDArray[Any]:

@@ -5,9 +5,9 @@ Legend: B images, Q queries, P slots, N memory tokens, D width. True in a mask m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, cast
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,12 @@ from queryvision.model.cross_attention import Look
 from queryvision.ops.dropout import dropout
 from queryvision.structures import Memory, Queries, Stage
 
-Ask = Callable[[Stage, Tensor, Tensor, Look], Feedback]
-"""(stage, normed states (B,Q,1+P,D), raw states, look) -> what the heads tell the next layer."""
+
+class Ask(Protocol):
+    """How the heads are asked."""
+
+    def __call__(self, stage: Stage, normed: Tensor, raw: Tensor, look: Look, once: Tensor | None = None) -> Feedback:
+        """States (B,Q,1+P,D) normed, raw, and normed once if `normed` are so twice -> what the heads tell the next layer."""
 
 
 class Gate(nn.Module):
@@ -124,6 +128,8 @@ class Decoder(nn.Module):
         positions: makes positions of anchors and points before every layer, where queries do not bring their own.
         initial: whether heads are asked once more: before the first layer (Mask2Former), or after it, for a first guess that
             the first layer's own answer already starts from (D-FINE).
+        twice: at layers the heads see states that went through the norm twice, boxes such that did once: published Mask DINO
+            norms in the decoder and again before classes and masks (maskdino:maskdino_decoder.py, forward_prediction_heads).
     """
 
     def __init__(
@@ -132,9 +138,10 @@ class Decoder(nn.Module):
         norm: nn.Module,
         positions: AnchorPositions | BoxPositions | None = None,
         initial: Literal["before", "after"] | None = None,
+        twice: bool = False,
     ) -> None:
         super().__init__()
-        self.initial = initial
+        self.initial, self.twice = initial, twice
         self.layers = nn.ModuleList(layers)
         self.norm = norm
         self.positions = positions
@@ -161,7 +168,8 @@ class Decoder(nn.Module):
             if self.initial == "after" and index == 0:
                 look = steer(look, ask(Stage("initial"), normed, states, look))
             stage = Stage("layer", index, index == len(self.layers) - 1, self._level(index + 1))
-            look = steer(look, ask(stage, normed, states, look))
+            seen, once = (self.norm(normed), normed) if self.twice else (normed, None)
+            look = steer(look, ask(stage, seen, states, look, once))
         return normed
 
     def _level(self, index: int) -> int | None:

@@ -64,6 +64,7 @@ class Panel(nn.ModuleDict):
         contexts: Mapping[str, Any],
         earlier: Tensor | None = None,
         only_rank: bool = False,
+        once: Tensor | None = None,
     ) -> tuple[dict[str, Answer], Feedback]:
         """Asks the heads at one stage.
 
@@ -79,6 +80,7 @@ class Panel(nn.ModuleDict):
             contexts: of `prepare`.
             earlier: (B,Q,1+P,D) `normed` of the layer before; None: there was none.
             only_rank: ask only the head that ranks.
+            once: (B,Q,1+P,D) after the norm once, where `normed` went through it twice.
 
         Returns:
             {head: answer} and the feedback of those who steer.
@@ -90,6 +92,7 @@ class Panel(nn.ModuleDict):
             view = self._view(name, stage, normed, raw, look)
             view.previous, view.answers, view.context = previous.get(name), dict(answers), contexts.get(name)
             view.earlier = None if earlier is None else earlier[:, :, 0].detach()
+            view.once = None if once is None else once[:, :, 0]
             said = head(view)
             if said is None:
                 continue

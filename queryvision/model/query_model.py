@@ -161,10 +161,10 @@ class QueryModel(nn.Module):
         entries: list[Entry] = []
         states: list[Tensor] = []  # of the layers so far
 
-        def ask(stage: Stage, normed: Tensor, raw: Tensor, look: Look) -> Feedback:
+        def ask(stage: Stage, normed: Tensor, raw: Tensor, look: Look, once: Tensor | None = None) -> Feedback:
             previous: Mapping[str, Answer] = entries[-1][1] if entries else {}
             earlier = states[-1] if states else None
-            answers, feedback = self.heads.answer(stage, normed, raw, look, previous, contexts, earlier)
+            answers, feedback = self.heads.answer(stage, normed, raw, look, previous, contexts, earlier, once=once)
             entries.append((stage, answers))
             if stage.kind == "layer":
                 states.append(normed)

@@ -123,7 +123,8 @@ class BoxHead(Head):
             assert before is not None, "the first answer is the first anchors, and these queries have none"
             return {"boxes": before}
         raw = view.stage.kind == "proposal" and self.fit.refines == "raw" and view.raw is not None
-        return {"boxes": self._moved(before, cast(Tensor, view.raw) if raw else view.state, view)}
+        state = view.state if view.once is None else view.once
+        return {"boxes": self._moved(before, cast(Tensor, view.raw) if raw else state, view)}
 
     def feedback(self, answer: Answer, view: View) -> Feedback:
         """The next layer looks around the box, as the architecture computes it."""

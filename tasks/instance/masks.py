@@ -48,6 +48,15 @@ class Canvas:
         """Width and height of the map, (2,)."""
         return _size(self.pixels.map, self.pixels.extents)
 
+    @property
+    def shown(self) -> Tensor:
+        """Which cells show the image and not padding, (B,h,w) bool; the same as `Masks.logits` keeps."""
+        right, down = (
+            torch.arange(count, device=self.pixels.map.device) < self.pixels.extents[:, axis, None]
+            for axis, count in enumerate(self.pixels.map.shape[:-3:-1])
+        )
+        return down[:, :, None] & right[:, None]
+
     def middles(self, axis: int) -> Tensor:
         """Middles of the map's columns (axis 0) or rows (1), 0..1 of each unpadded image, (B,w) or (B,h)."""
         count = self.pixels.map.shape[-1 - axis]
@@ -73,6 +82,8 @@ class MaskHead(Head):
         merging: rule by which overlapping masks become one map (panoptic segmentation).
         least: merging: least score of a mask.
         overlap: merging: least share of a mask that others must leave over.
+        temperature: merging: classes and scores are those of a softmax over class probabilities divided by it, and `least` is
+            about the probabilities before (maskdino:maskdino.py, PANO_TEMPERATURE); 0: the probabilities as they are.
         box_prior: a mask also depends on where a place lies in the box that the query looked around. Objects of one class side
             by side are then told apart from the first steps on; for architectures with boxes (cf. relative coordinates in
             CondInst, arXiv 2003.05664).
@@ -102,19 +113,21 @@ class MaskHead(Head):
         merging: Literal["mask2former", "detr"] = "mask2former",
         least: float = 0.8,
         overlap: float = 0.8,
+        temperature: float = 0.0,
         box_prior: bool = False,
     ) -> None:
         super().__init__()
         check_range("heads.masks", 0, math.inf, entropy_cost=entropy_cost, dice_cost=dice_cost, entropy=entropy, dice=dice)
         check_range("heads.masks", 0, 1, uncertain=uncertain, least=least, overlap=overlap)
         check_range("heads.masks", 1, math.inf, points=points, oversample=oversample)
+        check_range("heads.masks", 0, math.inf, temperature=temperature)
         self.fit = Fit.of(fit)
         stages = self.fit if self.fit.starts else replace(self.fit, proposals="none")
         self.mlp = PerStage(lambda proposals: MLP(self.fit.width, self.fit.width, self.fit.pixels, 3), stages)
         self.entropy_cost, self.dice_cost = entropy_cost, dice_cost
         self.weights = {"entropy": entropy, "dice": dice}
         self.points, self.oversample, self.uncertain = points, oversample, uncertain
-        self.merging, self.least, self.overlap = merging, least, overlap
+        self.merging, self.least, self.overlap, self.temperature = merging, least, overlap, temperature
         if box_prior and (self.fit.anchors != 4 or self.fit.hides or self.fit.starts):
             raise ConfigError("heads.masks.box_prior = true: only for architectures that refine boxes before masks")
         self.prior = PerStage(lambda proposals: _prior(self.fit.width), stages) if box_prior else None
@@ -186,11 +199,11 @@ class MaskHead(Head):
         return targets.only_known(cost, self.name)
 
     def quality(self, round: Round, match: Match, targets: Targets) -> tuple[Tensor, Tensor]:
-        """Mask IoU of the pair, on the cells of the pixel map."""
+        """Mask IoU of the pair, on the cells of the pixel map that show the image."""
         canvas = self._canvas(round)
         order = match.image.argsort(stable=True)
         pairs = match.by_image()
-        found = self._logits(round, pairs) > 0
+        found = (self._logits(round, pairs) > 0) & canvas.shown[pairs.image]
         wanted = self._on_cells(canvas, pairs, targets["masks"])
         common, either = (found & wanted).flatten(1).sum(1), (found | wanted).flatten(1).sum(1)
         iou = torch.zeros_like(common, dtype=torch.float32)
@@ -208,8 +221,9 @@ class MaskHead(Head):
     def loss(self, round: Round, match: Match, targets: Targets, facts: Facts) -> dict[str, Tensor]:
         """{"entropy": (S,), "dice": (S,)} on points where masks are unsure."""
         canvas, pairs, masks = self._canvas(round), match.by_image(), targets["masks"]
-        if not len(pairs.query):  # the map and the embeddings stay in the graph
-            nothing = round.answers[self.name]["embedding"].flatten(1)[:, :0].sum(1) + canvas.pixels.map.flatten()[:0].sum()
+        if not len(pairs.query):  # the map and all that was answered stay in the graph, for no rank may lack a gradient
+            said = sum(value.flatten(1)[:, :0].sum(1) for value in round.answers[self.name].values())
+            nothing = said + canvas.pixels.map.flatten()[:0].sum()
             return {"entropy": nothing, "dice": nothing}
         logits = self._logits(round, pairs)
         extent = canvas.shares[pairs.image][:, None]
@@ -259,12 +273,16 @@ class MaskHead(Head):
         ]
 
     def certainty(self, round: Round, queries: Tensor) -> Tensor:
-        """Mean probability inside the masks of chosen queries (B,k), 0 for empty ones (mask2former:instance_inference)."""
+        """Mean probability inside the masks of chosen queries (B,k), 0 for empty ones (mask2former:instance_inference).
+
+        Padding is left out, as there.
+        """
+        canvas = self._canvas(round)
         rows, across, down = self._chosen(round, queries)
-        logits = torch.einsum("bke,behw->bkhw", rows.float(), self._canvas(round).pixels.map.float())
+        logits = torch.einsum("bke,behw->bkhw", rows.float(), canvas.pixels.map.float())
         if across is not None and down is not None:
             logits = logits + across[:, :, None] + down[..., None]
-        inside = logits > 0
+        inside = (logits > 0) & canvas.shown[:, None]
         return (logits.sigmoid() * inside).sum((-2, -1)) / (inside.sum((-2, -1)) + 1e-6)
 
     def _chosen(self, round: Round, queries: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:

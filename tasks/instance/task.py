@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -35,8 +35,12 @@ HEADS = {
 
 
 def _pick(heads: Mapping[str, Head], round: Round, limit: int) -> Picks:
-    """The label head's picks; a score is the class's probability times the mean probability inside the mask."""
-    picks = cast(LabelHead, heads["labels"]).pick(round, limit)
+    """The best (query, class) pairs; a score is the class's probability times the mean probability inside the mask.
+
+    Both as published (mask2former:maskformer_model.py, instance_inference): with softmax labels, too, a query may give several
+    results, one of each class.
+    """
+    picks = cast(LabelHead, heads["labels"]).pick(round, limit, pairs=True)
     scores = picks.scores * cast(MaskHead, heads["masks"]).certainty(round, picks.queries)
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     return Picks(picks.queries.gather(1, order), picks.classes.gather(1, order), scores)
@@ -65,6 +69,16 @@ class InstanceEvaluator:
         masks = self.masks.compute()
         whole = {name: value for name, value in masks.items() if "/" not in name}
         return {**whole, **boxes, **masks}
+
+    def state(self) -> tuple[Any, Any]:
+        """What was added, of masks and of boxes; see `Shareable`."""
+        return self.masks.state(), self.boxes.state()
+
+    def merge(self, states: Iterable[tuple[Any, Any]]) -> None:
+        """Takes in what other processes gathered; no image counts twice."""
+        for masks, boxes in states:
+            self.masks.merge([masks])
+            self.boxes.merge([boxes])
 
 
 def _evaluator(ground_truth: dict[str, Any], classes: ClassMap, backend: str) -> Evaluator:

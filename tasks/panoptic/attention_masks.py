@@ -142,6 +142,7 @@ class AttentionMaskHead(Head):
     """
 
     name = "masks"
+    temperature = 0.0  # its labels are a softmax already; see `MaskHead`
     published: ClassVar[dict[str, dict[str, str]]] = {"detr": {"bbox_attention.": "attention.", "mask_head.": "finer."}}
 
     def __init__(

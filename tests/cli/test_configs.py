@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,24 @@ def test_every_parameter_gets_a_gradient(name: str, scenes: Path) -> None:
     assert len(trained) > 50
     assert [key for key, p in trained.items() if p.grad is None] == []
     assert all(bool(p.grad.isfinite().all()) for p in trained.values() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("/default")])
+def test_every_parameter_gets_a_gradient_without_objects(name: str, scenes: Path) -> None:
+    """Else a process without objects keeps the others waiting for ever."""
+    model, batch = model_and_batch(name, scenes)
+    old = batch.targets
+    none = {field: (0, 0) for field in old.num_with}
+    empty = replace(
+        old,
+        values={field: value[:, :0] for field, value in old.values.items()},
+        has={field: value[:, :0] for field, value in old.has.items()},
+        counts=(0, 0),
+        valid=old.valid[:, :0],
+        num_with=none,
+    )
+    Criterion(model.heads.heads(), model.steering)(model(batch.images, empty), empty).total.backward()
+    assert [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
 @pytest.mark.parametrize("name", FEW)

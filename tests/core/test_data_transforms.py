@@ -104,6 +104,12 @@ def test_no_flip_while_pairs_are_unknown() -> None:
         Transform([A.OneOf([A.HorizontalFlip(p=1)], p=1)])(before, 0)
 
 
+def test_scale_jitter_has_its_canvas_where_eight_hundred_is_evaluated() -> None:
+    before = sample(0, 0, height=60)
+    sides = {max(training_transform("lsj", 80)(before, seed).image.shape) for seed in range(40)}
+    assert max(sides) == 102  # 1024 / 800 of 80
+
+
 @given(st.integers(0, 10_000), st.sampled_from(["detr", "light", "lsj", "flip", "none"]), st.integers(0, 5))
 @settings(max_examples=60, deadline=None)
 def test_everything_stays_in_step(seed: int, name: str, n: int) -> None:

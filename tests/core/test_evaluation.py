@@ -5,6 +5,8 @@ import copy
 import io
 import json
 import pickle
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +19,9 @@ from queryvision.errors import ConfigError, DataError
 from queryvision.evaluation import CocoEvaluator, coco_records, evaluate
 from queryvision.evaluation import coco_metrics as metrics
 from queryvision.results import Result
+from queryvision.task import Shareable
+from queryvision.tasks.instance.task import InstanceEvaluator
+from queryvision.tasks.keypoints.task import KeypointEvaluator
 
 HEIGHT, WIDTH = 240, 320
 IDS = (3, 7, 50, 51, 90)  # sparse; the last has no ground truth
@@ -283,6 +288,24 @@ def test_an_object_without_a_mask_is_ignored(backend, segmentation):
     assert filled(truth, {5: result}, "segm", backend=backend).compute()["AP"] == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(("kind", "judge"), [("segm", InstanceEvaluator), ("keypoints", KeypointEvaluator)])
+def test_tasks_with_boxes_beside_share_their_images(kind, judge):
+    """Two processes with half of the images each, and one that both have seen, find what one finds alone."""
+    truth, results = scene(3, kind)
+    for category in truth["categories"]:
+        category["keypoints"] = [f"point {i}" for i in range(17)]
+    classes = ClassMap.from_categories(truth["categories"])
+    rows = [(image, replace(result, classes=classes)) for image, result in results.items()]
+    alone, first, second = (judge(truth, classes, "auto") for _ in range(3))
+    for part, own in ((alone, rows), (first, rows[:5]), (second, rows[4:])):
+        for image, result in own:
+            part.add(image, result)
+    assert isinstance(first, Shareable) and first.compute() != alone.compute()
+    first.merge(pickle.loads(pickle.dumps([first.state(), second.state()])))
+    assert first.compute() == alone.compute() and first.compute()["box_AP"] > 0.02 and first.compute()["AP"] > 0.02
+    assert sorted(map(str, first.records)) == sorted(map(str, alone.records))
+
+
 def test_wrong_input_is_named():
     truth, result = one_object(), boxes_result([[10, 10, 50, 50]], [0.5])
     with pytest.raises(ConfigError, match="did you mean 'bbox'"):
@@ -298,6 +321,9 @@ def test_wrong_input_is_named():
     with pytest.raises(DataError, match="masks are 4x4, the annotations say 240x320"):
         masks = Result(result.scores, result.labels, CLASSES, (4, 4), {"masks": torch.ones(1, 4, 4)})
         CocoEvaluator(truth, CLASSES, "segm").add(5, masks)
+    with pytest.raises(DataError, match="masks are 7x9, the annotations"):  # which are not built to tell
+        unbuilt = Result(result.scores, result.labels, CLASSES, (7, 9), {"masks": SimpleNamespace(size=(7, 9))})
+        CocoEvaluator(truth, CLASSES, "segm").add(5, unbuilt)
     with pytest.raises(DataError, match="annotation 1 .* no 'bbox'"):
         evaluate(one_object(bbox=None), [])
     with pytest.raises(DataError, match="height or width"):

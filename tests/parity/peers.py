@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Mapping
 from types import ModuleType
@@ -454,13 +455,14 @@ def same_predictions(predictor: Any, peer: nn.Module) -> None:
     picture = patches.repeat(32, 0).repeat(32, 1)
     with torch.no_grad():
         pixels = torch.from_numpy(picture).permute(2, 0, 1)[None] / 255
-        ranks = peer.model(pixels).enc_topk_logits.amax(-1)
-        said = peer(pixels)
+        exact, pixels = copy.deepcopy(peer).double(), pixels.double()  # so that only our own rounding is seen
+        ranks = exact.model(pixels).enc_topk_logits.amax(-1)
+        said = exact(pixels)
     assert (ranks[:, :-1] - ranks[:, 1:]).min() > 1e-5, "who is chosen must not hang on rounding"
     scores, index = said.logits[0].sigmoid().flatten().topk(100)
     classes = said.logits.shape[-1]
     centre, size = said.pred_boxes[0][index // classes].split(2, -1)
-    wanted = torch.cat((scores[:, None], index[:, None] % classes, centre - size / 2, centre + size / 2), -1)
+    wanted = torch.cat((scores[:, None], index[:, None] % classes, centre - size / 2, centre + size / 2), -1).float()
     result = predictor.predict(picture, threshold=0.0)
     found = torch.cat((result.scores[:, None], result.labels[:, None], result.boxes / 320), -1)
     assert found.shape == wanted.shape and scores.std() > 1e-3 and wanted.std(0)[2:].min() > 1e-2

@@ -139,7 +139,7 @@ def test_decoder_is_grounding_dinos_without_the_text() -> None:
     anchors = 0.2 + 0.6 * torch.rand(2, MAIN, 4, generator=drawn)
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def ask(stage: Any, normed: Tensor, raw: Tensor, look: Any) -> Any:
+    def ask(stage: Any, normed: Tensor, raw: Tensor, look: Any, _: Any = None) -> Any:
         seen.append((normed[:, :, 0], look.anchors))
         return model.heads.answer(stage, normed, raw, look, {}, {})[1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from queryvision.model.query_model import QueryModel
 from queryvision.ops.boxes import mask_boxes
 from queryvision.ops.points import pairwise_mask_cost, sample_bits, sample_maps, uncertain_points
 from queryvision.structures import Facts, ImageBatch, Match, Memory, Picks, PixelMap, Round, Stage, Targets
+from queryvision.tasks.detection import LabelHead
 from queryvision.tasks.instance import TASK, MaskHead
 from queryvision.tasks.instance.masks import Canvas
 
@@ -103,6 +105,7 @@ def test_points_are_where_masks_are_unsure_and_never_in_padding() -> None:
 def test_quality_is_the_iou_on_the_cells() -> None:
     head = MaskHead(Fit(8, pixels=8), points=64)
     round, targets = scene(head)
+    targets["masks"][1, :, 32:] = targets["masks"][1, :, :, 48:] = False  # padding
     match = all_pairs((3, 2))
     iou, known = head.quality(round, match, targets)
     canvas = round.contexts["masks"].pixels
@@ -110,6 +113,10 @@ def test_quality_is_the_iou_on_the_cells() -> None:
         s, b, q, t = (int(v[row]) for v in (match.stage, match.image, match.query, match.target))
         found = torch.einsum("e,ehw->hw", round.answers["masks"]["embedding"][s, b, q], canvas.map[b]) > 0
         wanted = targets["masks"][b, t, 2::4, 2::4]
+        height, width = (10, 14) if b == 0 else (8, 12)  # the second image is smaller than the map
+        if b == 1:
+            assert found[8:].any() or found[:, 12:].any(), "padding would count"
+        found, wanted = found[:height, :width], wanted[:height, :width]
         plain = (found & wanted).sum() / (found | wanted).sum().clamp(min=1)
         assert float(iou[row]) == pytest.approx(float(plain), abs=1e-6)
     assert bool(known.all())
@@ -165,11 +172,14 @@ def test_points_belong_to_their_image() -> None:
 def test_no_pairs_keep_everything_in_the_graph() -> None:
     head = MaskHead(Fit(8, pixels=8), points=64)
     round, targets = scene(head, counts=(0, 0))
+    said = round.answers["masks"]
+    said["prior"] = torch.zeros(2, 2, 5, 2, 3, requires_grad=True)
     facts = Facts(1.0, torch.ones(0), torch.ones(0, dtype=torch.bool), None)
     terms = head.loss(round, all_pairs((0, 0)), targets, facts)
     assert terms["entropy"].tolist() == [0.0, 0.0]
     sum(term.sum() for term in terms.values()).backward()
-    assert round.contexts["masks"].pixels.map.grad is not None
+    for part in (round.contexts["masks"].pixels.map, *said.values()):
+        assert part.grad is not None and not part.grad.any()
 
 
 def test_a_box_prior_is_the_same_in_loss_cost_and_result() -> None:
@@ -206,9 +216,10 @@ def test_a_box_prior_is_the_same_in_loss_cost_and_result() -> None:
     sources = head.masks_of(final, queries, targets.sizes)
     torch.testing.assert_close(sources[0].logits()[0], plain(1, 0, 4), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(sources[1][torch.tensor([1])].logits()[0], plain(1, 1, 1)[:8, :12], atol=1e-4, rtol=1e-4)
-    inside = plain(1, 0, 0) > 0
-    certain = (plain(1, 0, 0).sigmoid() * inside).sum() / inside.sum()
-    torch.testing.assert_close(head.certainty(final, queries)[0, 1], certain, atol=1e-4, rtol=1e-4)
+    for image, seen in enumerate((plain(1, 0, 0), plain(1, 1, 1)[:8, :12])):  # padding is left out
+        certain = seen[seen > 0].sigmoid().mean()
+        torch.testing.assert_close(head.certainty(final, queries)[image, 1], certain, atol=1e-4, rtol=1e-4)
+    assert (plain(1, 1, 1) > 0)[8:].any(), "padding would count"
 
     generators = [generator(1), generator(2)]
     cost = head.cost(round, targets, generators)
@@ -230,6 +241,27 @@ def test_a_box_prior_needs_boxes() -> None:
     for fit in (Fit(8), Fit(8, anchors=4, hides=True), Fit(8, anchors=2)):
         with pytest.raises(ConfigError, match="box_prior"):
             MaskHead(fit, box_prior=True)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "focal"])
+def test_a_query_may_give_several_results(loss: str) -> None:
+    """Of all (query, class) pairs the best, as published; detection with softmax labels has one of each query."""
+    masks, labels = MaskHead(Fit(8, pixels=8), points=64), LabelHead(8, CLASSES, loss=loss)
+    round, _ = scene(masks)
+    logits = 2 * torch.randn(1, 2, 5, CLASSES + labels.softmax, generator=generator(8))
+    embedding = torch.randn(1, 2, 5, 8, generator=generator(9))
+    round = replace(round, answers={"labels": {"logits": logits}, "masks": {"embedding": embedding}})
+    likely = logits[0].softmax(-1)[..., :-1] if labels.softmax else logits[0].sigmoid()
+    certain = masks.certainty(round, torch.arange(5).expand(2, -1)).detach()
+    picks = TASK.pick({"labels": labels, "masks": masks}, round, 9)
+    for image in range(2):
+        best = sorted(((float(likely[image, q, c]), q, c) for q in range(5) for c in range(CLASSES)), reverse=True)[:9]
+        wanted = sorted(((p * float(certain[image, q]), q, c) for p, q, c in best), reverse=True)
+        assert picks.queries[image].tolist() == [q for _, q, _ in wanted]
+        assert picks.classes[image].tolist() == [c for _, _, c in wanted]
+        assert picks.scores[image].tolist() == pytest.approx([row[0] for row in wanted], abs=1e-6)
+    if labels.softmax:
+        assert all(sorted(row) == list(range(5)) for row in labels.pick(round, 9).queries.tolist())
 
 
 def test_a_model_without_a_pixel_map_is_refused() -> None:
@@ -321,6 +353,33 @@ def test_mask_dino_starts_from_the_boxes_of_its_first_masks() -> None:
     first = layers.answers["boxes"]["boxes"][0]
     assert layers.stages[0].kind == "initial" and len(layers.stages) == 3
     torch.testing.assert_close(first[..., 2:], corners[..., 2:] - corners[..., :2], atol=1e-5, rtol=0)
+
+
+def test_mask_dino_norms_twice_what_classes_and_masks_come_from() -> None:
+    """At its layers, as published; boxes come from states that are normed once, and are refined from such as are not."""
+    model, (images, _) = model_of("maskdino").train(), batch()
+    model.denoising = None
+    norm, heads = model.decoder.norm, model.heads.heads()
+    boxes, labels, masks = heads["boxes"].mlp.layers[0], heads["labels"].linear.layers[0], heads["masks"].mlp.layers[0]
+    for weight in (norm.weight, norm.bias, boxes.last.weight):
+        torch.nn.init.normal_(weight, std=0.5)
+    begun: list[Tensor] = []
+    raw: list[Tensor] = []
+    model.decoder.layers[0].register_forward_pre_hook(lambda _, given: begun.append(given[0][:, :, 0]))
+    for layer in model.decoder.layers:
+        layer.register_forward_hook(lambda _, __, out: raw.append(out[:, :, 0]))
+    _, said = model(images).rounds
+
+    close = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)
+    anchors = said.answers["boxes"]["boxes"][0]
+    assert (anchors > 0.9999).any(), "where it matters how logits are bounded"
+    for stage, state in enumerate([norm(begun[0]), *(norm(norm(x)) for x in raw)]):
+        close(said.answers["labels"]["logits"][stage], labels(state))
+        close(said.answers["masks"]["embedding"][stage], masks(state))
+    for stage, x in enumerate(raw, 1):
+        bounded = torch.log(anchors.clamp(min=1e-5) / (1 - anchors).clamp(min=1e-5))
+        close(said.answers["boxes"]["boxes"][stage], (boxes(norm(x)) + bounded).sigmoid())
+        anchors = (boxes(x) + bounded).sigmoid()
 
 
 def test_boxes_come_from_masks_where_no_head_has_any() -> None:

@@ -6,8 +6,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 from queryvision.data.classes import ClassMap
+from queryvision.head import Fit
 from queryvision.masks import Masks, SegmentMasks
 from queryvision.results import Result
+from queryvision.structures import PixelMap, Round, Stage
+from queryvision.tasks.detection import LabelHead
+from queryvision.tasks.instance import MaskHead
+from queryvision.tasks.instance.masks import Canvas
 from queryvision.tasks.panoptic import TASK
 from queryvision.tasks.panoptic.merging import merge, semantic
 
@@ -165,6 +170,34 @@ def test_semantic_is_the_sum_over_queries(seed):
     expected, found = enlarge(sums).argmax(0), semantic(probabilities, result.values["masks"])
     assert found.dtype == torch.int64 and len(found.unique()) > 3
     assert (found == expected).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("seed", SEEDS[:4])
+def test_with_a_temperature_classes_and_scores_are_sharpened_as_in_mask_dino(seed):
+    """Every query whose best probability is above `least` takes part once, whatever was picked."""
+    picked, logits = scene(seed)
+    generator = torch.Generator().manual_seed(seed)
+    said = torch.randn(1, 1, 23, len(CLASSES), generator=generator) - 1.5
+    labels = LabelHead(8, len(CLASSES), loss="focal")
+    heads = {"labels": labels, "masks": MaskHead(Fit(8, pixels=23), least=0.25, overlap=0.5, temperature=0.06)}
+    canvas = Canvas(PixelMap(picked.values["masks"].pixels[None], torch.tensor([[16.0, 12.0]]), 4), [])
+    answers = {"labels": {"logits": said}, "masks": {"embedding": torch.eye(23)[None, None]}}
+    round = Round("main", (Stage("layer", last=True),), answers, {"masks": canvas}, {})
+
+    likely = said[0, 0].sigmoid()
+    sharp = (likely / 0.06).softmax(-1)
+    scores, classes = sharp.max(-1)
+    rows = [q for q in scores.argsort(descending=True).tolist() if likely[q].max() > 0.25]
+    assert 5 < len(rows) < 23
+    wanted = Result(scores[rows], classes[rows], CLASSES, SIZE, {})
+    expected = naive_mask2former(wanted, logits[rows], 0.0, 0.5)
+
+    (found,) = TASK.finish(heads, round, [picked._only(torch.arange(3))])
+    assert pixels_of(found) == [pixels for pixels, *_ in expected]
+    assert found.labels.tolist() == [label for _, label, _, _ in expected]
+    assert found.scores.tolist() == pytest.approx([score for *_, score, _ in expected])
+    kinds = enlarge(torch.einsum("qc,qhw->chw", sharp, logits.sigmoid())).argmax(0)
+    assert (found.maps["semantic"] == kinds).float().mean() > 0.999
 
 
 def test_more_masks_than_a_chunk_and_ties_go_to_the_first():

@@ -94,7 +94,6 @@ def maskdino(
         anchors=4,
         refines="raw",
         look_twice=True,
-        eps=1e-3,
         denoising=denoising > 0,
         pixels=width,
         starts=True,
@@ -115,7 +114,11 @@ def maskdino(
         encoder=DeformableEncoder(layers, Positions(width), width, num_levels),
         queries=SelectedQueries(num_queries, width, TokenStart(width, slots), normed=True, large_first=True),
         decoder=Decoder(
-            [layer() for _ in range(decoder_layers)], nn.LayerNorm(width), AnchorPositions(width, 4, slots), initial="before"
+            [layer() for _ in range(decoder_layers)],
+            nn.LayerNorm(width),
+            AnchorPositions(width, 4, slots),
+            initial="before",
+            twice=True,
         ),
         heads=heads,
         steering=replace(who, first=_reads_pixels(heads) if mask_anchors else who.first, hidden=None),
