@@ -108,7 +108,8 @@ def training_transform(name: str, image_size: int, flip_pairs: FlipPairs | None 
             mild colour, a crop that keeps most objects, and a mild scale that the images of a batch share. "strong": see
             `strong_transform`. "lsj": flip and large-scale jitter (arXiv 2012.07177) as Mask2Former has it. "flip": mirrored
             half the time, else as "none": resize only.
-        image_size: largest short side in px; all of DETR's numbers scale with it (800 as published), and the side of "lsj" (1024 at 800).
+        image_size: largest short side in px; all of DETR's numbers scale with it (800 as published), and the side of "lsj"
+            (1024 at 800).
         flip_pairs: see `Transform`.
 
     Raises:

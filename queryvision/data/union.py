@@ -103,9 +103,9 @@ class _SomeMaps:
 
 def _by_id(classes: ClassMap) -> ClassMap:
     """The order does not depend on which file came first."""
-    rows = sorted(zip(classes.ids, classes.names, classes.things, classes.skeletons, strict=True), key=lambda row: row[0])
-    ids, names, things, skeletons = zip(*rows, strict=True)
-    return ClassMap(ids, names, things, skeletons)
+    columns = (classes.ids, classes.names, classes.things, classes.skeletons, classes.colors)
+    rows = sorted(zip(*columns, strict=True), key=lambda row: row[0])
+    return ClassMap(*zip(*rows, strict=True))
 
 
 def _counts(data: CocoDataset) -> Array:

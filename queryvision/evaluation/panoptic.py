@@ -121,7 +121,7 @@ class PanopticEvaluator:
         # -1 is the last, none
         semantic = self._column[classes[0]] if classes else np.append(found, len(self.classes))[rows - 1]
         row = self._judge(image_id, cut, rows, found, semantic)
-        colors = segment_colors(found.tolist(), [self.classes.things[i] for i in found])
+        colors = segment_colors(found.tolist(), self.classes)
         areas = np.bincount(rows, weights=cut.pixels, minlength=1)[1:].astype(np.int64).tolist()
         row["segments"] = describe(areas, [self.classes.ids[i] for i in found], colors, result.scores[kept].tolist())
         self._images[image_id] = row

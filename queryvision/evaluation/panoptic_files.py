@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from queryvision.data.classes import ClassMap
+from queryvision.data.classes import ClassMap, Color
 from queryvision.data.images import read_image
-from queryvision.inference.drawing import Color, segment_colors
+from queryvision.inference.drawing import segment_colors
 from queryvision.masks import SegmentMasks
 from queryvision.results import Result
 
@@ -82,15 +82,18 @@ def write_panoptic(folder: Path, results: Mapping[str, Result], classes: ClassMa
         masks = segments_of(result)
         rows, kept = occupied(masks.rows().cpu().numpy(), np.ones(len(masks), bool))
         labels = result.labels[kept].tolist()
-        colors = segment_colors(labels, [classes.things[label] for label in labels])
+        colors = segment_colors(labels, classes)
         areas = np.bincount(rows.ravel())[1:].tolist()
         segments = describe(areas, [classes.ids[label] for label in labels], colors, result.scores[kept].tolist())
         name, (height, width) = f"{stem}.png", rows.shape
         write_ids(pictures / name, np.array([0, *(segment["id"] for segment in segments)])[rows])
         images.append({"id": image_id, "file_name": result.path or name, "height": height, "width": width})
         annotations.append({"image_id": image_id, "file_name": name, "segments_info": segments})
-    kinds = zip(classes.ids, classes.names, classes.things, strict=True)
-    categories = [{"id": id_, "name": name, "isthing": int(thing)} for id_, name, thing in kinds]
+    kinds = zip(classes.ids, classes.names, classes.things, classes.colors, strict=True)
+    categories = [
+        {"id": id_, "name": name, "isthing": int(thing), **({"color": list(color)} if color else {})}
+        for id_, name, thing, color in kinds
+    ]
     write_json(folder / "panoptic.json", images, annotations, categories)
 
 

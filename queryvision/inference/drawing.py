@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-Color = tuple[int, int, int]
+from queryvision.data.classes import ClassMap, Color
+
 GRAY: Color = (160, 160, 160)
 SHADES = (0.8191725, 0.6710436, 0.5497005)  # powers of 1 / 1.2207441: spread any number of points evenly over a cube
 
@@ -28,17 +29,18 @@ def color_of(class_index: int) -> Color:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-def segment_colors(labels: Sequence[int], things: Sequence[bool], reach: int = 40) -> list[Color]:
+def segment_colors(labels: Sequence[int], classes: ClassMap, reach: int = 40) -> list[Color]:
     """A colour of its own for each segment of a picture, never black: that of its class, for further things a shade of it.
 
     Args:
         labels: class index of each segment.
-        things: whether each is a thing. Stuff gets the colour of its class first.
+        classes: who is a thing (stuff gets the colour of its class first), and the colours of categories that have one, as
+            COCO's panoptic categories do.
         reach: most that a shade differs from the colour of the class, in each channel.
     """
     colors, taken = [(0, 0, 0)] * len(labels), {(0, 0, 0)}
-    shades = {label: _shades(color_of(label), reach) for label in labels}
-    for index in sorted(range(len(labels)), key=lambda i: things[i]):
+    shades = {label: _shades(classes.colors[label] or color_of(label), reach) for label in labels}
+    for index in sorted(range(len(labels)), key=lambda i: classes.things[labels[i]]):
         colors[index] = next(color for color in shades[labels[index]] if color not in taken)
         taken.add(colors[index])
     return colors

@@ -93,7 +93,7 @@ def _evaluator(ground_truth: dict[str, Any], classes: ClassMap, backend: str) ->
 def _draw(picture: Image.Image, result: Result) -> Image.Image:
     segments = cast(SegmentMasks, result.values["masks"])
     labels = result.labels.tolist()
-    colors = segment_colors(labels, [result.classes.things[label] for label in labels])
+    colors = segment_colors(labels, result.classes)
     return draw_segments(picture, segments.rows().numpy(), result.names, colors)
 
 

@@ -317,13 +317,30 @@ def test_what_cannot_be_judged_is_refused():
 
 
 def test_colors_are_ids():
-    labels, things = [0, 1, 1, 1, 0, 2] * 60, [False, True, True, True, False, True] * 60
-    colors = segment_colors(labels, things)
+    labels, classes = [0, 1, 1, 1, 0, 2] * 60, ClassMap((1, 2, 3), ("sky", "cat", "dog"), (False, True, True))
+    colors = segment_colors(labels, classes)
     assert len(set(colors)) == len(colors) and (0, 0, 0) not in colors
-    assert colors[0] == segment_colors([0], [False])[0] and colors[1] == segment_colors([1], [True])[0]
+    assert colors[0] == segment_colors([0], classes)[0] and colors[1] == segment_colors([1], classes)[0]
     base = np.array(colors[1])
     assert all(np.abs(np.array(c) - base).max() <= 40 for c, label in zip(colors, labels, strict=True) if label == 1)
-    assert colors == segment_colors(labels, things)  # nothing random
+    assert colors == segment_colors(labels, classes)  # nothing random
+
+
+def test_colors_of_the_categories_are_drawn_and_kept():
+    rows = [{"id": 1, "name": "sky", "isthing": 0, "color": [70, 130, 180]}, {"id": 2, "name": "cat", "color": [220, 20, 60]}]
+    plain = [{"id": 3, "name": "dog"}, {"id": 4, "name": "hen", "color": [0, 0, 0]}, {"id": 5, "name": "ox", "color": "red"}]
+    classes = ClassMap.from_categories([*rows, *plain])
+    assert classes.colors == ((70, 130, 180), (220, 20, 60), None, None, None)
+    assert ClassMap.from_dict(json.loads(json.dumps(classes.to_dict()))).colors == classes.colors
+    assert ClassMap.from_categories(plain).union(ClassMap.from_categories(rows)).colors == (
+        None,
+        None,
+        None,
+        *classes.colors[:2],
+    )
+    colors = segment_colors([1, 0, 1, 2], classes)
+    assert colors[:2] == [(220, 20, 60), (70, 130, 180)] and colors[2] != colors[0]
+    assert colors[3] == segment_colors([2], ClassMap((1, 2, 3), ("a", "b", "c"), (True,) * 3))[0]
 
 
 def test_drawing_names_segments_inside_of_them():
