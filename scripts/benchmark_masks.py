@@ -4,9 +4,9 @@
 
 Training step: forward, loss, backward, AdamW at 2x480x640 with 8 objects an image, 12,544 points, both sides with the
 whole backbone trained and frozen batch norms; interleaved. Peak memory is that of a process of its own which does three such
-steps: of all of it, and above what the libraries took before there was a model. `predict`: a whole prediction of 100 queries on a
-picture of 1280x960 which keeps the 10 best, against one that keeps all 100; masks are built for what is kept. Needs the test
-extra.
+steps: of all of it, and above what the libraries took before there was a model. `predict`: a whole prediction of 100 queries
+on a picture of 1280x960 which keeps the 10 best, against one that keeps all 100; masks are built for what is kept. Needs the
+test extra.
 """
 
 from __future__ import annotations
