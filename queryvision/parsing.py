@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 from typing import Any
@@ -13,6 +14,9 @@ from queryvision.errors import QueryVisionError
 
 NEWEST = "<newest>"
 """What `--resume` without a value stands for."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""A disk without room, wherever that is met."""
 
 UsageError: Any = typer.BadParameter.__bases__[0]
 """Base of what the parser complains about; typer brings its own click or uses the installed one."""
@@ -45,6 +49,11 @@ def run_app(app: typer.Typer) -> None:
             traceback.print_exc()
         print(f"qv: {_one_line(error)}", file=sys.stderr)
         raise SystemExit(getattr(error, "code", 2)) from None
+    except OSError as error:
+        if error.errno not in FULL or "--debug" in given:
+            raise
+        print(f"qv: {error.strerror}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def _one_line(error: Any) -> str:

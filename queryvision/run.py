@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from queryvision.data.loader import BatchPlan, collate, train_loader
 from queryvision.data.phases import training_phases
 from queryvision.data.skeletons import shared_flip_pairs
 from queryvision.data.transforms import evaluation_transform
+from queryvision.engine.files import replacing
 from queryvision.engine.memory import images_that_fit
 from queryvision.engine.processes import make_accelerator
 from queryvision.engine.run_log import summary
@@ -29,7 +31,7 @@ from queryvision.inference.drawing import grid
 from queryvision.inference.predictor import Predictor
 from queryvision.model.query_model import QueryModel
 from queryvision.registry import resolve_task
-from queryvision.run_folder import write_settings
+from queryvision.run_folder import claim_folder, take_folder
 from queryvision.splits import data_warnings, evaluate_model, open_splits
 from queryvision.structures import Batch
 from queryvision.task import Task
@@ -45,20 +47,19 @@ class Run:
 
     Args:
         config: not yet resolved.
-        folder: of the run.
+        folder: of the run; None: a new one, made when training starts.
         timer: stands around the parts of a step.
 
     Raises:
         ConfigError, DataError: one line says what is wrong.
     """
 
-    def __init__(self, config: Config, folder: Path, timer: Timer = untimed) -> None:
+    def __init__(self, config: Config, folder: Path | None, timer: Timer = untimed) -> None:
         self.timer = timer
         self.task: Task = resolve_task(config.task)
         self.accelerator = make_accelerator(config.train)
         self.say = self.accelerator.print  # on the main process
-        # The first process may have made the folder already when the others look for a free one.
-        self.folder = Path(broadcast_object_list([str(folder)])[0])
+        self.folder: Path | None = broadcast_object_list([folder])[0]  # another run may begin while the processes look
         resolve(config, self.task)  # a wrong setting is told before any data is read
         self.train_data, self.val_data = open_splits(config, self.task)
         fitted, choices = fit_to_data(config, self.train_data)
@@ -119,21 +120,21 @@ class Run:
             batches=self._batches,
             evaluate=self._evaluate,
             main_metric=self.task.main_metric,
-            folder=self.folder,
+            folder=self.folder or Path(config.output),  # a new run's is made later
             header=header(config, self.task, self.classes),
             accelerator=self.accelerator,
             timer=self.timer,
         )
         if resume:
             trainer.load()
+            self.steps = trainer.steps
         return trainer
 
     def fit(self, resume: bool) -> Path:
         """Trains to the last step and leaves summary and pictures; returns the folder."""
-        config, folder = self.config, self.folder
+        config = self.config
         trainer = self.trainer(resume)
-        if self.accelerator.is_main_process:  # only now: what is refused leaves no folder and spoils none
-            write_settings(folder, config)
+        folder = self.folder = trainer.folder = self._folder()  # only now: what is refused leaves no folder and spoils none
         self._announce(trainer.state.plain)
         progress = trainer.fit()
         if progress.skipped:
@@ -141,10 +142,22 @@ class Run:
             self.say(f"warning: {progress.skipped} times an image could not be read; `qv data check {where}` lists them")
         if self.accelerator.is_main_process:
             text = summary(self.task.name, config.model_dump(), progress.step, progress.seconds, progress.best_metrics)
-            (folder / "summary.json").write_text(json.dumps(text, indent=2))
-            self._picture(folder)
+            try:
+                with replacing(folder / "summary.json") as file:
+                    file.write(json.dumps(text, indent=2).encode())
+                self._picture(folder)
+            except OSError as error:  # the weights are there
+                self.say(f"warning: cannot write summary and pictures into {folder} ({error.strerror})")
             self.say(f"done: {folder}")
         return folder
+
+    def _folder(self) -> Path:
+        """The run's folder, ready to be written into; the first process makes it."""
+        folder = self.folder
+        if self.accelerator.is_main_process:
+            folder = folder or claim_folder(self.config)
+            take_folder(folder, self.config)
+        return cast(Path, broadcast_object_list([folder])[0])
 
     def _announce(self, model: QueryModel) -> None:
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
@@ -157,7 +170,10 @@ class Run:
         if self.steps < FEW:
             self.say(f"warning: {self.steps} steps are few, most models need thousands; set --steps or train.min_steps")
         if self.train_data.num_keypoints and shared_flip_pairs(self.classes.skeletons) is None:
-            self.say("warning: no image is mirrored, as keypoints that swap then are not known; give categories 'flip_pairs'")
+            self.say(
+                "warning: no image is mirrored, as keypoints that swap then are not known, or differ between classes; "
+                "give categories 'flip_pairs'"
+            )
         if self.train_data.max_objects > model.num_queries:
             self.say(
                 f"warning: an image has {self.train_data.max_objects} objects but the model only {model.num_queries} queries; "

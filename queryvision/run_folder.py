@@ -5,21 +5,37 @@ A new run never writes into an old one's folder. A run that was stopped before i
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 
 from queryvision.config import Config
+from queryvision.engine.files import remove_unfinished, replacing
 from queryvision.errors import ConfigError
-from queryvision.outputs import writable_file, writable_folder
+from queryvision.outputs import writable_folder
 
 LAST = "last.pt"
 SETTINGS = "config.yaml"
 
 
-def new_folder(config: Config) -> Path:
-    """The first free name: `run`, `run-2`, `run-3` ..."""
-    return _numbered(config)[-1]
+def claim_folder(config: Config) -> Path:
+    """Makes the first free one of `run`, `run-2`, `run-3` ...; of runs that start together each gets its own.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    parent = writable_folder(Path(config.output) / config.task)
+    for folder in _names(config):
+        try:
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                return folder
+        except OSError as error:
+            raise ConfigError(f"cannot write into {parent} ({error.strerror}); choose another folder") from error
+    raise AssertionError("there is no end of names")
 
 
 def newest_run(config: Config) -> Path:
@@ -28,10 +44,9 @@ def newest_run(config: Config) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    taken = _numbered(config)[:-1]
+    taken = list(itertools.takewhile(Path.exists, _names(config)))
     if not taken:
-        first = Path(config.output) / config.task / config.name
-        raise ConfigError(f"--resume: there is no run {first}; start it without --resume, or name its folder")
+        raise ConfigError(f"--resume: there is no run {next(_names(config))}; start it without --resume, or name its folder")
     return taken[-1]
 
 
@@ -50,20 +65,21 @@ def named_run(path: str) -> Path:
     return folder
 
 
-def write_settings(folder: Path, config: Config) -> None:
-    """Makes the folder and leaves the resolved configuration in it.
+def take_folder(folder: Path, config: Config) -> None:
+    """Removes what was left unfinished in a run's folder and leaves the resolved configuration in it.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: it cannot be written; the old one is untouched.
     """
-    text = yaml.safe_dump(config.model_dump(), sort_keys=False)
-    writable_file(writable_folder(folder) / SETTINGS).write_text(text, encoding="utf-8")
+    remove_unfinished(writable_folder(folder))
+    try:
+        with replacing(folder / SETTINGS) as file:
+            file.write(yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
+    except OSError as error:
+        raise ConfigError(f"cannot write {folder / SETTINGS} ({error.strerror}); choose another folder") from error
 
 
-def _numbered(config: Config) -> list[Path]:
-    """The folders of this name, oldest first, and the next free one."""
-    parent = Path(config.output) / config.task
-    folders = [parent / config.name]
-    while folders[-1].exists():
-        folders.append(parent / f"{config.name}-{len(folders) + 1}")
-    return folders
+def _names(config: Config) -> Iterator[Path]:
+    first = Path(config.output) / config.task / config.name
+    yield first
+    yield from (first.with_name(f"{config.name}-{number}") for number in itertools.count(2))

@@ -10,7 +10,7 @@ from queryvision.config import load_config
 from queryvision.engine.launch import launch
 from queryvision.errors import ConfigError
 from queryvision.run import Run
-from queryvision.run_folder import LAST, SETTINGS, named_run, new_folder, newest_run
+from queryvision.run_folder import LAST, SETTINGS, named_run, newest_run
 
 FLAGS = {
     "data": "data.path",
@@ -92,15 +92,16 @@ def train(
     if not isinstance(resume, bool):
         if config is not None:
             raise ConfigError(f"--resume {resume}: a run brings its own configuration; leave out --config {config}")
-        folder = named_run(str(resume))
-        chosen = load_config(task, str(folder / SETTINGS), overrides, settings)
+        named = named_run(str(resume))
+        folder: Path | None = named
+        chosen = load_config(task, str(named / SETTINGS), overrides, settings)
     else:
         chosen = load_config(task, config, overrides, settings)
-        folder = newest_run(chosen) if resume else new_folder(chosen)
+        folder = newest_run(chosen) if resume else None
     if (chosen.train.devices or 1) > 1 and "WORLD_SIZE" not in os.environ:
         return Path(launch(train, given, chosen.train.devices or 1))
-    go_on = resume is not False and (folder / LAST).is_file()
-    if resume and not go_on:
+    go_on = folder is not None and (folder / LAST).is_file()
+    if folder is not None and not go_on:
         print(f"{folder} has saved nothing yet: starting at step 0")
     return Run(chosen, folder).fit(go_on)
 

@@ -3,8 +3,8 @@
     python scripts/fault_test.py [--kills 20] [--steps 400] [--task detection] [--seed 0]
 
 Each time a process is started it lives for a random while (SIGKILL, also while it imports, reads, evaluates or saves), then it
-is resumed; after so many kills it may run to its end. Weights, averaged weights, optimiser and `metrics.csv` must be the same,
-bit for bit. Training has worker processes, accumulation and averaged weights.
+is resumed, by its flags and by its folder in turn; after so many kills it may run to its end. Weights, averaged weights,
+optimiser and `metrics.csv` must be the same, bit for bit. Training has worker processes, accumulation and averaged weights.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 
 from queryvision.data.scenes import make_scenes
 from queryvision.engine.checkpoint import load_checkpoint
+from queryvision.run_folder import SETTINGS
 
 
 def command(task: str, steps: int, data: Path, output: Path) -> list[str]:
@@ -62,7 +63,11 @@ def main() -> int:
         whole, folder = (Path(work) / name / given.task / "run" for name in ("whole", "cut"))
         kills = 0
         while True:
-            words = [*command(given.task, given.steps, data, Path(work) / "cut"), *(["--resume"] if folder.exists() else [])]
+            words = command(given.task, given.steps, data, Path(work) / "cut")
+            if (folder / SETTINGS).exists() and kills % 2:
+                words = [*words[:4], "--resume", str(folder)]
+            elif folder.exists():
+                words += ["--resume"]
             process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             alive = draw.uniform(0.02, 0.2) * length if kills < given.kills else None
             try:

@@ -5,10 +5,13 @@ The operating system keeps in memory what of it fits; a folder in `/dev/shm` is 
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +42,9 @@ class PixelCache:
         total = self.header + int(self.ends[-1])
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            if not self.file.exists() or self.file.stat().st_size != total:
-                _reserve(self.file, total)
+            with _alone(self.file.parent):
+                if not self.file.exists() or self.file.stat().st_size != total:
+                    _reserve(self.file, total)
             self._map = np.memmap(self.file, np.uint8, "r+", shape=(total,))
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -74,6 +78,18 @@ class PixelCache:
     def _pixels(self, index: int) -> NDArray[Any]:
         height, width = self.sizes[index].tolist()
         return self._map[self.header + self.ends[index] : self.header + self.ends[index + 1]].reshape(height, width, 3)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process after the other: all of a run begin at once, and only one of them needs to take the room."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a network's file system may have no locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _reserve(file: Path, total: int) -> None:

@@ -1,12 +1,11 @@
 """Checkpoints: written to a temporary name and renamed, read with `weights_only=True`.
 
 A checkpoint is a plain dict: `format`, `task`, `config` (resolved), `classes`, `model` (weights), `step`, `metrics`; `last.pt`
-also holds what resuming needs: `ema`, `optimizer`, `rng`, `log`, `best`.
+also holds what resuming needs: `ema`, `optimizer`, `rng`, `log`, `steps`, `epochs`.
 """
 
 from __future__ import annotations
 
-import os
 import pickle
 import warnings
 import zipfile
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from queryvision.engine.files import replacing
 from queryvision.errors import CheckpointError
 
 FORMAT = "queryvision/1"
@@ -30,15 +30,10 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; the old file is untouched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path) as file:
             torch.save({"format": FORMAT, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(
             f"cannot write {path}: {str(error).splitlines()[0]}; the checkpoint before it is untouched"
         ) from error

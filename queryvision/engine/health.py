@@ -57,10 +57,10 @@ class Health:
             () 1 where the step is to be left out, in every process, else 0.
         """
         finite = torch.stack(list(losses.values())).isfinite()
-        good = finite.all()
-        if self.accelerator.scaler is None:  # else gradients that overflow are its own affair
-            good = good & norm.isfinite()
-        bad = (~good).float()
+        fine = norm.isfinite()
+        if self.accelerator.scaler is not None:  # gradients that overflow are its own affair, while it has room to scale less
+            fine = fine | (self.accelerator.scaler._get_scale_async() > 1)  # without the host waiting
+        bad = (~(finite.all() & fine)).float()
         if self.accelerator.num_processes > 1:
             bad = self.accelerator.reduce(bad, "sum").clamp(max=1)
         for buffer, old in self.before:

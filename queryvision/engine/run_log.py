@@ -7,18 +7,26 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
+import io
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from queryvision.engine.files import replacing
+from queryvision.errors import ConfigError
+
 
 class RunLog:
     """Writes the run folder's records; on other ranks than 0 it does nothing.
+
+    What cannot be written later on is told once, and training goes on without it.
 
     Args:
         folder: of the run.
@@ -26,6 +34,9 @@ class RunLog:
         start: first step.
         active: whether this rank writes.
         written: the last step whose row is kept of an interrupted run; None: `start`.
+
+    Raises:
+        ConfigError: nothing can be written there.
     """
 
     def __init__(self, folder: Path, steps: int, start: int = 0, active: bool = True, written: int | None = None) -> None:
@@ -33,14 +44,17 @@ class RunLog:
         self.path = folder / "metrics.csv"
         self.console = Console()
         self.progress: Progress | None = None
+        self.complained = False
         if not active:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
-        kept = _read_rows(self.path, start if written is None else written) if start else []
-        self.columns = list(dict.fromkeys(key for row in kept for key in row)) or ["step"]
-        self._write_csv(kept)
+        try:
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+            kept = _read_rows(self.path, start if written is None else written) if start else []
+            self._write_csv(kept, list(dict.fromkeys(key for row in kept for key in row)) or ["step"])
+        except OSError as error:
+            raise ConfigError(f"cannot write into {folder} ({error.strerror})") from error
         self.began, self.first, self.images = time.perf_counter(), start, 0
         self.paused = 0.0
         if self.console.is_terminal:
@@ -52,23 +66,28 @@ class RunLog:
     def say(self, text: str) -> None:
         """A line for people."""
         if self.active:
-            self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+            with contextlib.suppress(OSError):
+                self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    @contextlib.contextmanager
+    def _spared(self) -> Iterator[None]:
+        """A record is not worth a run."""
+        try:
+            yield
+        except OSError as error:
+            if not self.complained:
+                self.complained = True
+                self.say(f"warning: the records in {self.folder} are not complete ({error.strerror}); training goes on")
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
         """One line of the CSV; a column that is new is added to all of it."""
         if not self.active:
             return
-        row = {"step": str(step), **{key: repr(float(value)) for key, value in values.items()}}
-        new = [key for key in row if key not in self.columns]
-        if new:
-            kept = _read_rows(self.path)
-            self.columns += new
-            self._write_csv([*kept, row])
-        else:
-            with open(self.path, "a", newline="") as file:
-                csv.DictWriter(file, self.columns).writerow(row)
-        for key, value in values.items():
-            self.board.add_scalar(key, value, step)
+        with self._spared():
+            self._add_row({"step": str(step), **{key: repr(float(value)) for key, value in values.items()}})
+        with self._spared():
+            for key, value in values.items():
+                self.board.add_scalar(key, value, step)
 
     def advance(self, step: int, images: int) -> None:
         """A step is done."""
@@ -83,12 +102,16 @@ class RunLog:
             return
         seconds = max(1e-9, time.perf_counter() - self.began - self.paused)
         speed = self.images / seconds
-        self.board.add_scalar("images per second", speed, step)
+        with self._spared():
+            self.board.add_scalar("images per second", speed, step)
         if self.progress is not None:
             self.progress.update(self.bar, info=f"loss {loss:.3f}  {speed:.1f} images/s")
             return
         left = (self.steps - step) * seconds / max(1, step - self.first)
-        print(f"step {step}/{self.steps}  loss {loss:.4f}  lr {lr:.2e}  {speed:.1f} images/s  left {_clock(left)}", flush=True)
+        with self._spared():
+            print(
+                f"step {step}/{self.steps}  loss {loss:.4f}  lr {lr:.2e}  {speed:.1f} images/s  left {_clock(left)}", flush=True
+            )
 
     def pause(self, seconds: float) -> None:
         """Time that is not training."""
@@ -101,18 +124,35 @@ class RunLog:
             return
         if self.progress is not None:
             self.progress.stop()
-        self.board.close()
-        with contextlib.suppress(OSError):  # a folder that is gone or full: what was to be saved there has said so
+        with self._spared():
             draw_curves(_read_rows(self.path), self.folder / "curves.png")
-        sys.stdout.flush()
+        with self._spared():
+            self.board.close()
+        with self._spared():
+            sys.stdout.flush()
 
-    def _write_csv(self, rows: list[dict[str, str]]) -> None:
-        temporary = self.path.with_suffix(".tmp")
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        temporary.replace(self.path)
+    def _add_row(self, row: dict[str, str]) -> None:
+        new = [key for key in row if key not in self.columns]
+        if new:
+            self._write_csv([*_read_rows(self.path), row], [*self.columns, *new])
+            return
+        text = io.StringIO()
+        csv.DictWriter(text, self.columns).writerow(row)
+        line = text.getvalue().encode()
+        with open(self.path, "ab", buffering=0) as file:
+            end = file.tell()
+            if file.write(line) < len(line):  # else the next row would go on in the middle of this one
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _write_csv(self, rows: list[dict[str, str]], columns: list[str]) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        with replacing(self.path) as file:
+            file.write(text.getvalue().encode())
+        self.columns = columns
 
 
 def _read_rows(path: Path, last: int | None = None) -> list[dict[str, str]]:

@@ -60,11 +60,15 @@ def meet_after_backward(model: nn.Module, meet: bool) -> None:
 
 
 def share_statistics(model: nn.Module) -> None:
-    """Statistics of norms that count become those of the first process, as with DDP."""
-    for norm in model.modules():
-        if isinstance(norm, _NormBase) and norm.training:
-            for buffer in norm.buffers(recurse=False):
-                dist.broadcast(buffer, 0)
+    """Statistics of norms that count become those of the first process; how often they counted is the same everywhere."""
+    norms = [module for module in model.modules() if isinstance(module, _NormBase) and module.training]
+    moving = [buffer for norm in norms for buffer in norm.buffers(recurse=False) if buffer.is_floating_point()]
+    if moving:
+        together = torch.cat([buffer.flatten() for buffer in moving])
+        dist.broadcast(together, 0)
+        parts = torch.split(together, [buffer.numel() for buffer in moving])
+        for buffer, values in zip(moving, parts, strict=True):
+            buffer.copy_(values.view_as(buffer))
 
 
 def whole(value: Any) -> Any:

@@ -46,6 +46,7 @@ class RunState:
         optimizer: Accelerate's, around AdamW.
         average: of the weights, or None.
         progress: where the run stands.
+        uncalled: parts to be compiled that nothing has called yet.
         rng: generators of the checkpoint it was loaded from.
     """
 
@@ -57,7 +58,7 @@ class RunState:
         self.plain = model
         self.average = AveragedWeights(model, settings.ema, settings.ema_warmup) if settings.ema else None
         recompute(model, settings.recompute, self.held)  # not in the average, which is only evaluated
-        compile_parts(model, settings.compile)
+        self.uncalled = compile_parts(model, settings.compile)
         if settings.shard:
             inner = [block for block in blocks(model.backbone) if block is not model.backbone]
             shard(model, inner, averaged=self.average is not None)
@@ -115,7 +116,7 @@ class RunState:
 
     def follow(self) -> None:
         """The average takes in the new weights."""
-        if is_sharded(self.plain):
+        if self.accelerator.num_processes > 1:  # each would be measured by its own; DDP shares them only before the next step
             share_statistics(self.plain)
         if self.average is not None:
             self.average.update(self.plain)
@@ -150,13 +151,18 @@ class RunState:
             content |= {"ema": self.average.model.state_dict(), "ema_updates": self.average.updates}
         save_checkpoint(path, content)
 
-    def load(self, path: Path, classes: dict[str, Any], steps: int) -> None:
+    def load(self, path: Path, classes: dict[str, Any], steps: int, epochs: list[float] | None = None) -> int:
         """Takes over a `last.pt`.
 
         Args:
             path: of the file.
             classes: of the data, as a checkpoint has them.
-            steps: of the whole run.
+            steps: of the whole run, by the settings.
+            epochs: from which they follow, and the floor of steps. Where the checkpoint has the same, its steps count: with
+                other devices an epoch has another number of them.
+
+        Returns:
+            Steps of the whole run.
 
         Raises:
             CheckpointError: it is damaged, or was made with other classes, another model or another optimiser.
@@ -178,9 +184,12 @@ class RunState:
             group["weight_decay"] = own["weight_decay"]
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        if epochs and state.get("epochs") == epochs:
+            steps = state["steps"]
         if state["step"] > steps:
             raise ConfigError(f"{path}: the run is already at step {state['step']}; --steps {steps} must be at least that")
         self.progress = Progress(step=state["step"], best_metrics=state["metrics"], **state["log"])
         share = float(self.accelerator.is_main_process)  # they are those of all processes
         self.progress.sums = {key: share * value.to(self.accelerator.device) for key, value in self.progress.sums.items()}
         self.rng = state["rng"]
+        return steps

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from queryvision.config import TrainSettings
@@ -70,6 +71,7 @@ class Trainer:
         self.accelerator = accelerator or make_accelerator(settings)
         self.settings, self.steps, self.steps_per_epoch, self.timer = settings, steps, steps_per_epoch, timer
         self.folder, self.header = folder, header
+        self.epochs = None if settings.steps or not settings.epochs else [settings.epochs, settings.min_steps]
         self.criterion, self.batches, self.evaluate, self.main_metric = criterion, batches, evaluate, main_metric
         self.state = RunState(model, settings, self.accelerator)
         self.health = Health(model, self.accelerator, settings.bad_steps)
@@ -110,10 +112,10 @@ class Trainer:
                         break
                     try:
                         self._step(step, batches)
-                    except DataError:  # met before anything of the step was done
-                        if self.accelerator.num_processes == 1:  # else the others wait elsewhere
-                            self._read_health()
-                            self._save()
+                    except DataError:  # met before anything of the step was done, and raised in all processes
+                        self._read_health()
+                        self._save()
+                        self.accelerator.wait_for_everyone()  # a launcher ends the others as soon as one has ended
                         raise
                     self._after(step + 1)
         finally:
@@ -124,18 +126,23 @@ class Trainer:
         began = time.perf_counter()
         s = self.settings
         self.state.begin_step(lr_factor(step, self.steps, s.schedule, s.warmup, s.flat, s.final, s.drop_at))
+        waiting: list[Batch] = []
+        lost: DataError | None = None
         with self.timer("data"):
-            waiting = [next(batches) for _ in range(s.accumulate)]
-        normalisers = self._normalisers(waiting)
+            try:
+                waiting += [next(batches) for _ in range(s.accumulate)]
+            except DataError as error:
+                lost = error
+        normalisers = self._normalisers(waiting, lost)
         self.health.begin()
         losses: dict[str, Tensor] = {}
         for index, batch in enumerate(waiting):
-            self._report_skipped(batch)
             last = index == len(waiting) - 1
             with self.state.gathering(last):
                 for key, value in self._accumulate(batch, step, normalisers).items():
                     losses[key] = losses[key] + value if key in losses else value
         with self.timer("optimiser"):
+            self.state.uncalled.refuse()
             norm = self.state.clipped(s.clip or math.inf)
             bad = self.health.end(step + 1, norm, losses, [i for batch in waiting for i in batch.targets.image_ids])
             self.state.step(bad)
@@ -160,24 +167,32 @@ class Trainer:
             self.accelerator.backward(losses.total * self.accelerator.num_processes)
         return {"loss": losses.total.detach(), **losses.terms}
 
-    def _normalisers(self, batches: list[Batch]) -> dict[tuple[str, str], float]:
-        """Counts of all micro-batches and ranks, known before the first forward pass."""
-        total: dict[tuple[str, str], float] = {}
+    def _normalisers(self, batches: list[Batch], lost: DataError | None) -> dict[tuple[str, str], float]:
+        """Counts of all micro-batches and ranks, known before the first forward pass; all ranks meet here.
+
+        Raises:
+            DataError: a rank has `lost` its batches; in each the same.
+        """
+        total = {(group, head): 0.0 for group in self.state.plain.group_sizes(()) for head in self.criterion.heads}
         for batch in batches:
             counts = self.criterion.counts(batch.targets, self.state.plain.group_sizes(batch.targets.counts))
             for key, value in counts.items():
-                total[key] = total.get(key, 0.0) + value
+                total[key] += value
+        said = [f"skipped unreadable image: {path}" for batch in batches for path in batch.skipped]
+        errors = [] if lost is None else [str(lost)]
         self.stopping = number = self.asked.number
         if self.accelerator.num_processes > 1:  # all must stop after the same step
-            mine = torch.tensor([*total.values(), float(number)], device=self.accelerator.device)
-            *summed, asked = self.accelerator.reduce(mine, "sum").tolist()
+            mine = torch.tensor([*total.values(), number, len(said) + len(errors)], device=self.accelerator.device)
+            *summed, asked, told = self.accelerator.reduce(mine, "sum").tolist()
             total, self.stopping = dict(zip(total, summed, strict=True)), number or int(asked > 0) * SIGTERM
+            if told:
+                said, errors = gather_object(said), gather_object(errors)
+        self.progress.skipped += len(said)
+        for line in said:
+            self.log.say(line)
+        if errors:
+            raise lost or DataError(errors[0])
         return total
-
-    def _report_skipped(self, batch: Batch) -> None:
-        for path in batch.skipped:
-            self.progress.skipped += 1
-            self.log.say(f"skipped unreadable image: {path}")
 
     # ------------------------------------------------------------------------------------------------ after a step
     def _after(self, step: int) -> None:
@@ -245,8 +260,8 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ checkpoints
     def _save(self) -> None:
-        self.state.save(self.folder / "last.pt", self.header)
+        self.state.save(self.folder / "last.pt", {**self.header, "steps": self.steps, "epochs": self.epochs})
 
     def load(self) -> None:
-        """Takes over `last.pt`, from which `fit` then goes on; errors as in `RunState.load`."""
-        self.state.load(self.folder / "last.pt", self.header["classes"], self.steps)
+        """Takes over `last.pt`, from which `fit` then goes on, and the steps of the run; errors as in `RunState.load`."""
+        self.steps = self.state.load(self.folder / "last.pt", self.header["classes"], self.steps, self.epochs)

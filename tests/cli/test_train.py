@@ -19,6 +19,7 @@ import yaml
 from tiny import TINY, Call, Run
 
 import queryvision
+from queryvision import run
 from queryvision.config import load_config
 from queryvision.engine import memory
 from queryvision.engine.checkpoint import load_checkpoint
@@ -103,6 +104,33 @@ def test_a_floor_of_steps(call: Call, scenes: Path, tmp_path: Path) -> None:
     assert sum(line.startswith("warning: ") for line in done.out.splitlines()) == 1
     assert load_config("detection", None, {"data.path": "x"}).train.min_steps == 800
     assert load_config("detection", None, {"data.path": "x", "train.epochs": 3}).train.min_steps == 0
+
+
+def test_a_run_of_epochs_keeps_its_steps(call: Call, scenes: Path, tmp_path: Path) -> None:
+    """Another number of devices or images a step makes other epochs, but no other run, unless one asks for it."""
+    words = ("--data", scenes, *TINY, "--set", "evaluation.pictures=0", "--output", tmp_path, "--name", "run")
+    assert call("train", *words, "--epochs", "1").code == 0
+    folder = tmp_path / "detection" / "run"
+    for flags, steps in (((), 3), (("--epochs", "0.5"), 3), (("--epochs", "0.75"), 4)):
+        done = call("train", "--resume", folder, "--batch-size", "2", *flags)
+        assert done.code == 0 and f" {steps} steps (" in done.out, done
+        assert load_checkpoint(folder / "last.pt")["step"] == steps
+
+
+def test_a_run_that_began_meanwhile_keeps_its_folder(
+    call: Call, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, build = tmp_path / "detection" / "run", run.Run.trainer
+
+    def late(self: run.Run, resume: bool) -> Trainer:
+        other.mkdir(parents=True)
+        return build(self, resume)
+
+    monkeypatch.setattr(run.Run, "trainer", late)
+    words = ("--data", scenes, *TINY, "--set", "evaluation.pictures=0", "--output", tmp_path, "--name", "run")
+    done = call("train", *words, "--steps", "1")
+    assert done.code == 0 and f"done: {other}-2" in done.out
+    assert not list(other.iterdir()) and (tmp_path / "detection" / "run-2" / "best.pt").exists()
 
 
 def test_fine_tuning_on_other_classes(call: Call, trained: Path, spoil: Callable[..., Path], tmp_path: Path) -> None:

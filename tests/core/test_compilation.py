@@ -56,3 +56,25 @@ def test_what_cannot_be_compiled_is_one_line() -> None:
         whole["doubting"](torch.ones(2))
     with pytest.raises(ConfigError, match="train.compile: the model has no part 'doubt'"):
         compile_parts(whole, ["doubt"])
+
+
+def test_a_part_that_is_never_called_is_refused() -> None:
+    """It would quietly run as it was."""
+    whole = model("detr", dropout=0.0)
+    uncalled = compile_parts(whole, ["heads", "backbone.body"])
+    gradients(whole, 64)
+    with pytest.raises(ConfigError, match="train.compile: 'backbone.body' is never called as a whole"):
+        uncalled.refuse()
+
+
+def test_too_many_shapes_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", dynamic=False))
+    monkeypatch.setattr("queryvision.engine.compilation.MOST", 2)
+    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 2)
+    part = nn.ModuleDict({"linear": nn.Linear(2, 2)})
+    uncalled = compile_parts(part, ["linear"])
+    for rows in (2, 3):
+        part["linear"](torch.ones(rows, 2))
+    uncalled.refuse()
+    with pytest.raises(ConfigError, match="'linear' met more than 2 shapes of batches; set data.multiple"):
+        part["linear"](torch.ones(4, 2))

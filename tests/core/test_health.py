@@ -19,6 +19,7 @@ from toys import detection_heads, images, tiny_model
 from queryvision.config import TrainSettings
 from queryvision.criterion import Criterion
 from queryvision.engine.checkpoint import load_checkpoint
+from queryvision.engine.health import Health
 from queryvision.engine.trainer import Trainer
 from queryvision.errors import QueryVisionError
 from queryvision.structures import Batch
@@ -119,6 +120,27 @@ def test_bad_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
     again.load()
     with pytest.raises(QueryVisionError, match="step 7: .* 3 steps in a row"):
         again.fit()
+
+
+def test_a_scaler_that_has_nothing_left_to_scale_down_does_not_hide_the_gradient() -> None:
+    """Its first overflows are its own affair, not those that no scale mends."""
+    weight = torch.ones(1, requires_grad=True)
+    optimizer, scaler = torch.optim.SGD([weight]), torch.amp.GradScaler("cpu", init_scale=4.0)
+    accelerator: Any = SimpleNamespace(scaler=scaler, num_processes=1)
+    health = Health(torch.nn.Module(), accelerator, limit=3)
+    for step in range(1, 6):
+        scaler.scale((weight * torch.nan).sum()).backward()
+        scaler.unscale_(optimizer)
+        health.end(step, weight.grad.norm(), {"loss": torch.ones(())}, [7])
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    health.steps, late = health.steps[:4], health.steps[4:]
+    lines, in_row = health.read(0)
+    assert lines == [f"step {n}: the gradient is not finite (images 7): the step is left out" for n in (3, 4)] and in_row == 2
+    health.steps = late
+    with pytest.raises(QueryVisionError, match="step 5: the gradient is not finite .* 3 steps in a row"):
+        health.read(in_row)
 
 
 def test_bad_steps_that_are_not_in_a_row_do_not(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from PIL import Image
 
 from queryvision.config import load_config
 from queryvision.data import dataset as dataset_module
+from queryvision.data import pixel_cache
 from queryvision.data.dataset import CocoDataset
 from queryvision.data.pixel_cache import PixelCache
 from queryvision.data.scenes import make_scenes
@@ -61,6 +64,25 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(Exception, match=path.name):
         data.read(0)
+
+
+def test_processes_that_begin_at_once_share_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The room is taken once, and what one of them decoded the others find."""
+    reserve, reserved = pixel_cache._reserve, []
+
+    def slow(file: Path, total: int) -> None:
+        reserved.append(total)
+        time.sleep(0.3)
+        reserve(file, total)
+
+    monkeypatch.setattr(pixel_cache, "_reserve", slow)
+    with ThreadPoolExecutor(4) as pool:
+        first, *others = pool.map(lambda _: PixelCache(tmp_path, np.array(["a"]), np.array([[2, 3]])), range(4))
+    assert len(reserved) == 1
+    file = tmp_path / "a"
+    file.write_bytes(b"x")
+    first.put(0, file, np.full((2, 3, 3), 9, np.uint8))
+    assert all((other.get(0, file) == 9).all() for other in others)
 
 
 def test_half_an_image_is_not_taken(tmp_path: Path) -> None:

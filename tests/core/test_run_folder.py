@@ -1,0 +1,91 @@
+"""A run's folder: of each run its own, and its settings whole whatever happens."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from queryvision.config import load_config
+from queryvision.engine.checkpoint import save_checkpoint
+from queryvision.engine.run_log import RunLog
+from queryvision.errors import CheckpointError, ConfigError
+from queryvision.run_folder import claim_folder, newest_run, take_folder
+
+
+@contextmanager
+def full_after(size: int) -> Iterator[None]:
+    """No file of this process may grow beyond so many bytes: writing fails as on a full disk, perhaps after a part."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_runs_that_start_together_get_a_folder_each(tmp_path: Path) -> None:
+    config = load_config("detection", None, {"output": str(tmp_path), "name": "run"})
+    with pytest.raises(ConfigError, match="there is no run .*detection/run;"):
+        newest_run(config)
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(claim_folder, [config] * 8))
+    assert {path.name for path in made} == {"run", *(f"run-{number}" for number in range(2, 9))}
+    assert newest_run(config).name == "run-8"
+
+
+def test_settings_are_whole_on_a_full_disk(tmp_path: Path) -> None:
+    take_folder(tmp_path, load_config("detection", None, {"train.seed": 1}))
+    with full_after(100), pytest.raises(ConfigError, match=r"cannot write .*config\.yaml \("):
+        take_folder(tmp_path, load_config("detection", None, {"train.seed": 2}))
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["train"]["seed"] == 1
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr("queryvision.engine.files.os.replace", killed)
+        patch.setattr("pathlib.Path.unlink", lambda *_: None)
+        with pytest.raises(SystemExit):
+            save_checkpoint(tmp_path / "last.pt", {})
+    assert len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "mine.tmp").touch()
+    take_folder(tmp_path, load_config("detection"))
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "mine.tmp"}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard
+def test_records_do_not_end_a_run(tmp_path: Path, capsys: Any) -> None:
+    """Where there is no room the run is told so once; later rows are whole, and other errors are not hidden."""
+    log = RunLog(tmp_path, 9)
+    log.row(1, {"loss": 1.0})
+    whole = (tmp_path / "metrics.csv").read_text()
+    with full_after(len(whole) + 3):
+        log.row(2, {"loss": 2.0})
+        log.row(3, {"loss": 3.0, "val/AP": 0.5})
+        log.status(3, 3.0, 1e-4)
+        with pytest.raises(CheckpointError, match="cannot write"):
+            try:
+                save_checkpoint(tmp_path / "last.pt", {"model": {"x": torch.zeros(999)}})
+            finally:
+                log.close()
+    assert (tmp_path / "metrics.csv").read_text() == whole
+    assert sum("are not complete" in line for line in capsys.readouterr().out.splitlines()) == 1
+    log.row(4, {"loss": 4.0})
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == ["step,loss", "1,1.0", "4,4.0"]
+
+
+def test_a_folder_that_cannot_be_written_at_the_start_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").touch()
+    with pytest.raises(ConfigError, match="cannot write into"):
+        RunLog(tmp_path, 9)
