@@ -19,6 +19,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Make, check and view data sets.")
 app.add_typer(data_app, name="data")
 
+COUNT = "<int> or auto"
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, as in `qv config`.")]
 Queries = Annotated[int | None, typer.Option(help="Number of queries, for models that select theirs from proposals.")]
 Layers = Annotated[int | None, typer.Option(help="How many decoder layers to keep, the first ones.")]
@@ -33,9 +34,11 @@ def train(
     data: Annotated[str | None, typer.Option(help="Folder of the data set. Without: the embedded drawn scenes.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data, instead of steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images a step and device.")] = None,
+    batch_size: Annotated[str | None, typer.Option(metavar=COUNT, help="Images a step and device; as many as fit.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Short side of the input in pixels.")] = None,
+    image_size: Annotated[
+        str | None, typer.Option(metavar=COUNT, help="Short side of the input in pixels; chosen from the data.")
+    ] = None,
     weights: Annotated[str | None, typer.Option(help="none, imagenet, torchvision:NAME, timm:NAME, a path or URL.")] = None,
     devices: Annotated[int | None, typer.Option(help="Number of processes.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,

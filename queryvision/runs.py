@@ -38,9 +38,9 @@ def train(
     data: str | Path | None = None,
     steps: int | None = None,
     epochs: float | None = None,
-    batch_size: int | None = None,
+    batch_size: int | str | None = None,
     lr: float | None = None,
-    image_size: int | None = None,
+    image_size: int | str | None = None,
     weights: str | Path | None = None,
     devices: int | None = None,
     precision: str | None = None,
@@ -60,9 +60,9 @@ def train(
         data: folder of the data set; None: of the configuration, else the embedded drawn scenes.
         steps: optimiser steps.
         epochs: passes over the data, instead of steps.
-        batch_size: images a step and device.
+        batch_size: images a step and device; `auto`: as many as fit into memory.
         lr: learning rate.
-        image_size: short side of the input in pixels.
+        image_size: short side of the input in pixels; `auto`: chosen from the data.
         weights: of the backbone: none, imagenet, torchvision:NAME, timm:NAME, a path or a URL; or of the whole model: a
             checkpoint of ours, perhaps of other classes.
         devices: number of processes, each with a GPU of its own where there are any; started here unless torchrun or

@@ -166,6 +166,13 @@ def evaluation_transform(image_size: int) -> EvaluationTransform:
     return EvaluationTransform(image_size, longest_side(image_size))
 
 
+def largest_image_size(name: str, image_size: int) -> int:
+    """Short side in px that `training_transform` gives images at most."""
+    if name == "strong":
+        return round(image_size * max(MULTISCALE))
+    return _scaled(CANVAS, image_size) if name == "lsj" else image_size
+
+
 def longest_side(image_size: int) -> int:
     """Bound of the long side in px, where the short one is `image_size`.
 

@@ -49,7 +49,10 @@ def load_backbone(backbone: Backbone, source: str) -> str:
         CheckpointError: it cannot be read, or tensors are missing.
     """
     if source == "none":
-        return "backbone: random weights"
+        kept = sum(parameter.numel() for parameter in backbone.parameters() if not parameter.requires_grad)
+        share = kept / sum(parameter.numel() for parameter in backbone.parameters())
+        advice = f", {share:.0%} of them never trained; to train all: model.freeze=0, model.frozen_norm=false" if kept else ""
+        return f"backbone: random weights{advice}"
     name = backbone.name
     _check_normalisation(backbone, source)
     state = _state(name, source)

@@ -19,7 +19,14 @@ from queryvision.data.follow import select
 from queryvision.data.planes import packed, unpacked
 from queryvision.data.resizing import Flip, RandomCrop, ScaleJitter, ShortSide, resize_image, resized_size
 from queryvision.data.sample import Annotations, Sample
-from queryvision.data.transforms import EvaluationTransform, Transform, evaluation_transform, training_transform
+from queryvision.data.transforms import (
+    PRESETS,
+    EvaluationTransform,
+    Transform,
+    evaluation_transform,
+    largest_image_size,
+    training_transform,
+)
 from queryvision.errors import ConfigError
 
 PAIRS = [(0, 1)]
@@ -307,3 +314,11 @@ def test_unknown_names_and_sizes() -> None:
         training_transform("lihgt", 800)
     with pytest.raises(ConfigError, match="image_size is 0"):
         evaluation_transform(0)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_largest_size_is_reached_and_never_passed(name: str) -> None:
+    """A batch size that fits was tried with images of that size."""
+    before, transform = sample(0), training_transform(name, 100, PAIRS)
+    sizes = {transform(before, seed).image.shape[:2] for seed in range(80)}
+    assert max(min(size) for size in sizes) == largest_image_size(name, 100)
