@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers.conv2d_same import Conv2dSame, conv2d_same
 from timm.layers.norm_act import BatchNormAct2d
+from timm.layers.padding import pad_same
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torchvision.ops import FrozenBatchNorm2d
 
 
@@ -23,7 +26,10 @@ class FoldedConv(nn.Conv2d):
     norm: tuple[Any]  # in a tuple, so that it is no part of this module
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        out: Tensor = super()._conv_forward(x, *_folded(self.norm[0], weight, bias))
+        scale, shift = _scale_and_shift(self.norm[0])
+        if _is_plain(self, x):
+            return _convolve(self, x, scale, shift, self.padding)  # type: ignore[arg-type]
+        out: Tensor = super()._conv_forward(x, *_folded(weight, bias, scale, shift))
         return out
 
 
@@ -34,15 +40,60 @@ class FoldedConvSame(Conv2dSame):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,C,H,W) -> (B,out,ceil(H / stride),ceil(W / stride))."""
-        weight, bias = _folded(self.norm[0], self.weight, self.bias)
+        scale, shift = _scale_and_shift(self.norm[0])
+        if _is_plain(self, x):
+            return _convolve(self, pad_same(x, self.kernel_size, self.stride, self.dilation), scale, shift, (0, 0))  # type: ignore[arg-type]
+        weight, bias = _folded(self.weight, self.bias, scale, shift)
         out: Tensor = conv2d_same(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
         return out
 
 
-def _folded(norm: Any, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    shift = norm.bias - norm.running_mean * scale
-    return weight * scale[:, None, None, None], shift if bias is None else shift + bias * scale
+    return scale, norm.bias - norm.running_mean * scale
+
+
+def _folded(weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    return _scaled(weight, scale), shift if bias is None else shift + bias * scale
+
+
+def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
+    return weight * scale[:, None, None, None]
+
+
+def _is_plain(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether it is trained and as ResNets have it, so that less need be kept; a compiler decides itself."""
+    usual = conv.bias is None and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    return usual and conv.weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _convolve(conv: nn.Conv2d, x: Tensor, scale: Tensor, shift: Tensor, padding: tuple[int, int]) -> Tensor:
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    how = (conv.stride, padding, conv.dilation, conv.groups)
+    return _FoldedConvolution.apply(x, conv.weight, scale, shift, how)  # type: ignore[no-any-return]
+
+
+class _FoldedConvolution(torch.autograd.Function):
+    """The scaled weights are made again in the backward pass instead of kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, how: tuple[Any, ...]) -> Tensor:
+        ctx.save_for_backward(x, weight, scale)
+        ctx.how = how
+        return F.conv2d(x, _scaled(weight, scale).to(x.dtype), shift.to(x.dtype), *how)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
+        x, weight, scale = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.how
+        wanted = (ctx.needs_input_grad[0], True, False)
+        folded = _scaled(weight, scale).to(x.dtype)
+        to_x, to_folded, _ = torch.ops.aten.convolution_backward(
+            grad, x, folded, None, stride, padding, dilation, False, (0, 0), groups, wanted
+        )
+        return to_x, _scaled(to_folded, scale).to(weight.dtype), None, None, None
 
 
 class FoldedNorm(nn.Module):

