@@ -32,6 +32,7 @@ from queryvision.data.loader import BatchPlan, train_loader
 from queryvision.data.transforms import training_transform
 
 IMAGES, BATCH, SIZES = 200, 2, tuple(range(480, 801, 32))
+PREFETCHED = 2  # batches a worker has ready, PyTorch's default
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -123,8 +124,11 @@ def forever(loader: Any) -> Iterator[Any]:
         yield from loader
 
 
-def rate(take: Callable[[], Any], batches: int) -> float:
-    """Images a second."""
+def rate(take: Callable[[], Any], batches: int, workers: int) -> float:
+    """Images a second, once the other side's workers have filled their queue and rest, and this side's queue is used up."""
+    time.sleep(workers)
+    for _ in range(workers * PREFETCHED):
+        take()
     began = time.perf_counter()
     for _ in range(batches):
         take()
@@ -161,7 +165,7 @@ def main() -> None:
                 rates: dict[str, list[float]] = {"ours": [], "peer": []}
                 for turn in range(given.rounds + 1):
                     for name, take in (("ours", mine), ("peer", peer.__next__)):
-                        found = rate(take, given.batches)
+                        found = rate(take, given.batches, workers)
                         if turn:
                             rates[name].append(found)
                 a, b = (statistics.median(rates[name]) for name in ("ours", "peer"))

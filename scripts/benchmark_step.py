@@ -1,18 +1,19 @@
 """Time and memory of a published model against a named peer, side by side in one run, interleaved.
 
     python scripts/benchmark_step.py --peer transformers [--model detr deformable dino rtdetrv2 dfine]
-                                     [--only training inference compiled assignment memory laptop] [--rounds 7]
-                                     [--device cuda] [--half]
+                                     [--only training inference compiled assignment criterion memory laptop]
+                                     [--rounds 7] [--device cuda] [--half]
 
 Models: `rtdetrv2` has a ResNet-18 and `dfine` an HGNetv2-B0, the others a ResNet-50. `deformable` is the two-stage Deformable
 DETR; `dino` has 900 queries and feed-forward parts of 2048, and its peer is a two-stage Deformable DETR of the same sizes
 (without denoising queries, which `transformers` does not have: the figure `same work` leaves them out of ours, too).
 Training step: forward, loss, backward, AdamW, at 2x480x640. Inference: 1x800x1066, of the last two 1x640x640; `laptop` adds the
 model of `qv train --data` at that size beside both peers, `compiled` ours with compiled parts beside the eager peer.
-Assignment: costs and matching of 6 layers x 16 images x 100 queries x 20 targets against the published way (a matrix over all
-images, layer by layer). Peak memory is that of a process of its own which imports what its side needs and does three training
-steps: of all of it, above what it took once its model was made, and of its tensors (what counts on a GPU). `--half`
-runs both sides in bfloat16 (autocast). Needs the test extra.
+Assignment: costs and matching of 6 layers x 16 images x 100 or 300 queries x 20 targets against the published way (a matrix
+over all images, layer by layer). Criterion: the same and losses with their gradients, all layers at once and layer by layer.
+Peak memory is that of a process of its own which imports what its side needs and does three training steps: of all of it,
+above what it took once its model was made, and of its tensors (what counts on a GPU). `--half` runs both sides in bfloat16
+(autocast). Needs the test extra.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,31 +93,53 @@ def published_matching(logits: torch.Tensor, boxes: torch.Tensor, targets: Targe
         [linear_sum_assignment(part[index]) for index, part in enumerate(parts)]
 
 
-def assignment(where: Where, rounds: int) -> list[dict[str, Any]]:
+def layers_of(where: Where, queries: int) -> tuple[dict[str, Any], list[Round], Targets]:
+    """DETR's heads, and what six layers answer on 16 images of 20 objects each."""
+    from queryvision.tasks.detection import BoxHead, LabelHead
+
+    logits = torch.randn(6, 16, queries, CLASSES + 1, device=where.device)
+    boxes = torch.rand(6, 16, queries, 4, device=where.device) * 0.4 + 0.1
+    answers = {"labels": {"logits": logits}, "boxes": {"boxes": boxes}}
+    round = Round("main", tuple(Stage("layer", i, i == 5) for i in range(6)), answers, {}, {})
+    return {"labels": LabelHead(8, CLASSES), "boxes": BoxHead(8)}, [round], random_targets(16, 20, where.device)
+
+
+def criterion(where: Where, rounds: int, queries: int) -> list[dict[str, Any]]:
+    """Costs, assignment, losses and their gradients: all layers at once, and the same layer by layer, as published."""
+    from queryvision.criterion import Criterion
+    from queryvision.structures import Outputs
+
+    heads, (whole,), targets = layers_of(where, queries)
+    judge = Criterion(heads)
+
+    def once(chosen: slice) -> None:
+        answers = {head: {k: v[chosen].clone().requires_grad_() for k, v in a.items()} for head, a in whole.answers.items()}
+        judge(Outputs([replace(whole, answers=answers, stages=whole.stages[chosen])]), targets).total.backward()
+
+    name = f"criterion 6x16x{queries}x20 / layer by layer"
+    return [interleaved(name, lambda: once(slice(6)), lambda: [once(slice(i, i + 1)) for i in range(6)], max(rounds, 15))]
+
+
+def assignment(where: Where, rounds: int, queries: int) -> list[dict[str, Any]]:
     from transformers.loss.loss_for_object_detection import HungarianMatcher
 
     from queryvision.matching import match
-    from queryvision.tasks.detection import BoxHead, LabelHead
 
-    targets = random_targets(16, 20, where.device)
-    logits = torch.randn(6, 16, 100, CLASSES + 1, device=where.device)
-    boxes = torch.rand(6, 16, 100, 4, device=where.device) * 0.4 + 0.1
-    answers = {"labels": {"logits": logits}, "boxes": {"boxes": boxes}}
-    round = Round("main", tuple(Stage("layer", i, i == 5) for i in range(6)), answers, {}, {})
-    heads = {"labels": LabelHead(8, CLASSES), "boxes": BoxHead(8)}
+    heads, layers, targets = layers_of(where, queries)
+    logits, boxes = (layers[0].answers[head][field] for head, field in (("labels", "logits"), ("boxes", "boxes")))
     peer = HungarianMatcher(1, 5, 2)
     rows = [{"class_labels": c, "boxes": b} for c, b in zip(targets["labels"], targets["boxes"], strict=True)]
     results = []
 
     def ours() -> None:
-        match([round], heads, targets)
+        match(layers, heads, targets)
 
     def layer_by_layer() -> None:
         for index in range(6):
             peer({"logits": logits[index], "pred_boxes": boxes[index]}, rows)
 
     for name, work in (("published way", lambda: published_matching(logits, boxes, targets)), ("transformers", layer_by_layer)):
-        results.append(interleaved(f"assignment 6x16x100x20 / {name}", ours, work, max(rounds, 15)))
+        results.append(interleaved(f"assignment 6x16x{queries}x20 / {name}", ours, work, max(rounds, 15)))
         print(f"{'':52s} {1 / results[-1]['ratio']:.1f} times faster")
     return results
 
@@ -214,7 +237,7 @@ def main() -> None:
     parser.add_argument("--peer", choices=["transformers"], default="transformers")
     parser.add_argument("--model", nargs="*", choices=["detr", "deformable", "dino", *REAL_TIME], default=["detr"])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", nargs="*", default=["training", "inference", "assignment", "memory"])
+    parser.add_argument("--only", nargs="*", default=["training", "inference", "assignment", "criterion", "memory"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--half", action="store_true", help="bfloat16 autocast on both sides")
     parser.add_argument("--json", help="write the figures there")
@@ -230,7 +253,9 @@ def main() -> None:
     print(f"torch {torch.__version__}, {machine}, {precision}, median of {options.rounds}, interleaved")
     results = [result for model in options.model for result in compare(model, options.only, where, options.rounds)]
     if "assignment" in options.only:
-        results += assignment(where, options.rounds)
+        results += [row for queries in (100, 300) for row in assignment(where, options.rounds, queries)]
+    if "criterion" in options.only:
+        results += [row for queries in (100, 300) for row in criterion(where, options.rounds, queries)]
     if "laptop" in options.only:
         results += laptop(where, options.rounds)
     if options.json:

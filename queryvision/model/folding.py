@@ -27,7 +27,7 @@ class FoldedConv(nn.Conv2d):
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         scale, shift = _scale_and_shift(self.norm[0])
-        if _is_plain(self, x):
+        if _is_plain(self):
             return _convolve(self, x, scale, shift, self.padding)  # type: ignore[arg-type]
         out: Tensor = super()._conv_forward(x, *_folded(weight, bias, scale, shift))
         return out
@@ -41,7 +41,7 @@ class FoldedConvSame(Conv2dSame):
     def forward(self, x: Tensor) -> Tensor:
         """(B,C,H,W) -> (B,out,ceil(H / stride),ceil(W / stride))."""
         scale, shift = _scale_and_shift(self.norm[0])
-        if _is_plain(self, x):
+        if _is_plain(self):
             return _convolve(self, pad_same(x, self.kernel_size, self.stride, self.dilation), scale, shift, (0, 0))  # type: ignore[arg-type]
         weight, bias = _folded(self.weight, self.bias, scale, shift)
         out: Tensor = conv2d_same(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
@@ -61,7 +61,7 @@ def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
     return weight * scale[:, None, None, None]
 
 
-def _is_plain(conv: nn.Conv2d, x: Tensor) -> bool:
+def _is_plain(conv: nn.Conv2d) -> bool:
     """Whether it is trained and as ResNets have it, so that less need be kept; a compiler decides itself."""
     usual = conv.bias is None and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
     return usual and conv.weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()

@@ -52,9 +52,7 @@ def attend(scores: Tensor, values: Tensor, p: float) -> Tensor:
 
 
 def _draw(x: Tensor, p: float) -> Tensor:
-    """True for elements that are kept, the shape of `x`."""
-    if x.device.type != "cpu":
-        return torch.rand(x.shape, device=x.device) >= p
+    """True for elements that are kept, the shape of `x`, on a CPU."""
     count = x.numel()
     bits = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     return bits[:count].view(x.shape) >= round(p * 65536) - 32768
@@ -78,7 +76,8 @@ class _Dropout(torch.autograd.Function):
 class _ReluDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        out = F.relu(x).mul_(_draw(x, p).to(x.dtype).mul_(1 / (1 - p)))
+        out = F.relu(x)
+        out = out.mul_(_draw(x, p).to(x.dtype).mul_(1 / (1 - p))) if x.device.type == "cpu" else F.dropout(out, p)
         ctx.save_for_backward(out)
         ctx.p = p
         return out
