@@ -83,13 +83,13 @@ def _check_labels(samples: Sequence[Sample], num_classes: int) -> None:
 def _images(samples: Sequence[Sample], multiple: int) -> ImageBatch:
     shapes = [sample.image.shape[:2] for sample in samples]
     height, width = (-(-max(side) // multiple) * multiple for side in zip(*shapes, strict=True))
-    pixels = torch.zeros(len(samples), height, width, 3, dtype=torch.uint8)  # as the images lie in memory, and backbones read
-    padding = torch.ones(len(samples), height, width, dtype=torch.bool)
+    pixels = np.zeros((len(samples), height, width, 3), np.uint8)  # as the images lie in memory, and backbones read
+    padding = np.ones((len(samples), height, width), bool)
     for i, (sample, (h, w)) in enumerate(zip(samples, shapes, strict=True)):
-        pixels[i, :h, :w] = torch.from_numpy(sample.image)
+        pixels[i, :h, :w] = sample.image
         padding[i, :h, :w] = False
     padded = any(shape != (height, width) for shape in shapes)
-    return ImageBatch(pixels.permute(0, 3, 1, 2), padding, padded, torch.tensor(shapes))
+    return ImageBatch(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(padding), padded, torch.tensor(shapes))
 
 
 def _relative(boxes: NDArray[Any], sample: Sample) -> NDArray[Any]:
