@@ -29,15 +29,8 @@ FIGURES = ["data.skip_empty=true"]
         ("detection", {"AP50": 0.9}, 100, 64, FEW),
         ("instance", {"AP50": 0.9, "box_AP50": 0.9}, 100, 64, [*FEW, *MASKS]),
         ("keypoints", {"AP50": 0.9}, 130, 64, [*FEW, *FIGURES]),
-        pytest.param("panoptic", {"PQ": 0.8}, 200, 96, [*SOME, *MASKS], marks=pytest.mark.slow),
-        pytest.param(
-            "instance+keypoints",
-            {"instance/AP50": 0.9, "keypoints/AP50": 0.9},
-            200,
-            96,
-            [*SOME, *MASKS, *FIGURES],
-            marks=pytest.mark.slow,
-        ),
+        ("panoptic", {"PQ": 0.8}, 200, 64, [*SOME, *MASKS]),
+        ("instance+keypoints", {"instance/AP50": 0.9, "keypoints/AP50": 0.9}, 130, 64, [*FEW, *MASKS, *FIGURES]),
     ],
 )
 def test_eight_images_are_learned_by_heart(
