@@ -77,7 +77,9 @@ def evaluate(
     root = str(make_scenes()) if config.data.path is None else config.data.path
     if data is None and not Path(root).exists():
         raise DataError(f"{root}: what this checkpoint was trained on is not here; name a data set with --data")
-    dataset = open_split(loaded.task, root, split or config.data.val_split)
+    limit = config.data.limit if data is None and split is None else None  # such a run is measured on what it learned from
+    dataset = open_split(loaded.task, root, split or (config.data.train_split if limit else config.data.val_split))
+    dataset = dataset.subset(limit) if limit else dataset
     _report_classes(loaded, dataset, quiet)
     if dataset.warning() and not quiet:
         print(f"warning: {dataset.warning()}")

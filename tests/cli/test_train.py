@@ -189,6 +189,29 @@ def test_a_run_takes_the_batch_that_fits(call: Call, scenes: Path, tmp_path: Pat
     assert settings["train"]["batch_size"] in (2, 4, 8, 16, 32)
 
 
+def test_a_checkpoint_is_measured_on_what_training_evaluated_on(scenes: Path, tmp_path: Path, call: Call) -> None:
+    """With a limit these are the training images."""
+    words = (
+        *TINY,
+        "--steps",
+        "2",
+        "--set",
+        "data.limit=3",
+        "--set",
+        "evaluation.pictures=0",
+        "--output",
+        tmp_path,
+        "--name",
+        "x",
+    )
+    assert call("train", "--data", scenes, *words).code == 0
+    folder, results = tmp_path / "detection" / "x", tmp_path / "results.json"
+    assert call("eval", folder / "best.pt", "--save-json", results).code == 0
+    train = json.loads((scenes / "annotations" / "instances_train.json").read_text())
+    first = sorted(image["id"] for image in train["images"])[:3]
+    assert {row["image_id"] for row in json.loads(results.read_text())} == set(first)
+
+
 def test_resume_without_a_run_is_an_error(scenes: Path, tmp_path: Path, qv: Run) -> None:
     done = qv("train", "--task", "detection", "--data", scenes, *TINY, "--output", tmp_path / "runs", "--resume")
     assert done.returncode == 2 and "there is no run" in done.stderr and len(done.stderr.splitlines()) == 1
