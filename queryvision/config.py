@@ -295,7 +295,7 @@ def arguments(function: Callable[..., Any], given: Mapping[str, Any], where: str
 
 def explain(error: ValidationError, model: type[BaseModel], where: str = "") -> str:
     """The first complaint of pydantic as one line for people."""
-    first = error.errors()[0]
+    first, *others = error.errors()
     tags = ("constrained-int", "literal[")  # which member of a union it was
     names = [where, *(str(part) for part in first["loc"] if not str(part).startswith(tags))]
     key = ".".join(name for name in names if name)
@@ -303,7 +303,8 @@ def explain(error: ValidationError, model: type[BaseModel], where: str = "") -> 
         return f"there is no setting '{key}'; {nearest(str(first['loc'][-1]), _fields(model, first['loc'][:-1]))}"
     if first["type"] == "model_type" and key:
         return f"{key} = {first['input']!r}: a section holds settings, such as {key}.{next(iter(_fields(model, first['loc'])))}"
-    return f"{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    words = [e["ctx"]["expected"] for e in others if e["type"] == "literal_error" and e["loc"][:-1] == first["loc"][:-1]]
+    return f"{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}{''.join(f', or {word}' for word in words)}"
 
 
 def _fields(model: Any, path: Sequence[int | str]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from queryvision.criterion import Criterion
 from queryvision.data.loader import BatchPlan, collate, train_loader
 from queryvision.data.phases import training_phases
 from queryvision.data.skeletons import shared_flip_pairs
-from queryvision.data.transforms import evaluation_transform, largest_image_size
+from queryvision.data.transforms import evaluation_transform, largest_area
 from queryvision.engine.files import replacing
 from queryvision.engine.memory import images_that_fit
 from queryvision.engine.processes import make_accelerator
@@ -85,15 +85,16 @@ class Run:
     def _batch_size(self) -> int:
         """Images that fit into the memory of every process's device, tried with the fullest image at the largest size."""
         model = build_model(self.config, self.task, self.classes).to(self.accelerator.device).train()
-        resize = evaluation_transform(largest_image_size(self.config.data.augmentation, self.config.data.side))
+        name, side = self.config.data.augmentation, self.config.data.side
+        resize = evaluation_transform(side)
         sample = resize(self.train_data.read(int(np.diff(self.train_data.objects.offsets).argmax())))
-        largest = max((resize.output_size((h, w)) for h, w in np.unique(self.train_data.sizes, axis=0).tolist()), key=math.prod)
+        largest = max(largest_area(name, side, (h, w)) for h, w in np.unique(self.train_data.sizes, axis=0).tolist())
 
         def batch(count: int) -> Batch:
             return collate([sample] * count, len(self.classes), self.task.needs)
 
         criterion = Criterion(model.heads.heads(), model.steering)
-        scale = math.prod(largest) / math.prod(sample.image.shape[:2])
+        scale = largest / math.prod(sample.image.shape[:2])
         fitting = images_that_fit(model, criterion, batch, self.accelerator.device, scale)
         images = min(gather_object([fitting]))
         self.say(f"batch size {images}, as many images as fit into memory; the learning rate stays {self.config.train.lr}")

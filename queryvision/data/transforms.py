@@ -166,11 +166,14 @@ def evaluation_transform(image_size: int) -> EvaluationTransform:
     return EvaluationTransform(image_size, longest_side(image_size))
 
 
-def largest_image_size(name: str, image_size: int) -> int:
-    """Short side in px that `training_transform` gives images at most."""
-    if name == "strong":
-        return round(image_size * max(MULTISCALE))
-    return _scaled(CANVAS, image_size) if name == "lsj" else image_size
+def largest_area(name: str, image_size: int, size: tuple[int, int]) -> int:
+    """Pixels that an image of `size` (height, width) has at most after `training_transform`; cropped ones may have more."""
+    if name == "lsj":
+        return _scaled(CANVAS, image_size) ** 2
+    height, width = evaluation_transform(round(image_size * max(MULTISCALE)) if name == "strong" else image_size).output_size(
+        size
+    )
+    return height * width
 
 
 def longest_side(image_size: int) -> int:

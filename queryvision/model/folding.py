@@ -27,8 +27,8 @@ class FoldedConv(nn.Conv2d):
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         scale, shift = _scale_and_shift(self.norm[0])
-        if _is_plain(self):
-            return _convolve(self, x, scale, shift, self.padding)  # type: ignore[arg-type]
+        if _is_plain(self, weight, shift):
+            return _convolve(self, x, weight, scale, shift, self.padding)  # type: ignore[arg-type]
         out: Tensor = super()._conv_forward(x, *_folded(weight, bias, scale, shift))
         return out
 
@@ -41,8 +41,9 @@ class FoldedConvSame(Conv2dSame):
     def forward(self, x: Tensor) -> Tensor:
         """(B,C,H,W) -> (B,out,ceil(H / stride),ceil(W / stride))."""
         scale, shift = _scale_and_shift(self.norm[0])
-        if _is_plain(self):
-            return _convolve(self, pad_same(x, self.kernel_size, self.stride, self.dilation), scale, shift, (0, 0))  # type: ignore[arg-type]
+        if _is_plain(self, self.weight, shift):
+            x = pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
+            return _convolve(self, x, self.weight, scale, shift, (0, 0))
         weight, bias = _folded(self.weight, self.bias, scale, shift)
         out: Tensor = conv2d_same(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
         return out
@@ -61,39 +62,43 @@ def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
     return weight * scale[:, None, None, None]
 
 
-def _is_plain(conv: nn.Conv2d) -> bool:
-    """Whether it is trained and as ResNets have it, so that less need be kept; a compiler decides itself."""
-    usual = conv.bias is None and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-    return usual and conv.weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def _is_plain(conv: nn.Conv2d, weight: Tensor, shift: Tensor) -> bool:
+    """Whether it is trained, as ResNets have it, so that less need be kept; a compiler decides itself."""
+    usual = conv.bias is None and conv.padding_mode == "zeros" and not isinstance(conv.padding, str) and not shift.requires_grad
+    learning = weight.requires_grad and torch.is_grad_enabled()
+    return usual and learning and not torch.compiler.is_compiling()
 
 
-def _convolve(conv: nn.Conv2d, x: Tensor, scale: Tensor, shift: Tensor, padding: tuple[int, int]) -> Tensor:
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+def _convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, padding: tuple[int, int]) -> Tensor:
+    kind, dtype = x.device.type, None
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
     how = (conv.stride, padding, conv.dilation, conv.groups)
-    return _FoldedConvolution.apply(x, conv.weight, scale, shift, how)  # type: ignore[no-any-return]
+    return _FoldedConvolution.apply(x if dtype is None else x.to(dtype), weight, scale, shift, dtype, how)  # type: ignore[no-any-return]
 
 
 class _FoldedConvolution(torch.autograd.Function):
-    """The scaled weights are made again in the backward pass instead of kept."""
+    """The scaled weights are made again in the backward pass instead of kept; `dtype`: of autocast. Differentiable once."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, how: tuple[Any, ...]) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype | None, how: tuple[Any, ...]
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, scale)
-        ctx.how = how
-        return F.conv2d(x, _scaled(weight, scale).to(x.dtype), shift.to(x.dtype), *how)
+        ctx.dtype, ctx.how = dtype, how
+        return F.conv2d(x, _scaled(weight, scale).to(dtype or weight.dtype), shift.to(dtype or shift.dtype), *how)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None, None, None]:
         x, weight, scale = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.how
         wanted = (ctx.needs_input_grad[0], True, False)
-        folded = _scaled(weight, scale).to(x.dtype)
+        folded = _scaled(weight, scale).to(ctx.dtype or weight.dtype)
         to_x, to_folded, _ = torch.ops.aten.convolution_backward(
             grad, x, folded, None, stride, padding, dilation, False, (0, 0), groups, wanted
         )
-        return to_x, _scaled(to_folded, scale).to(weight.dtype), None, None, None
+        return to_x, _scaled(to_folded, scale).to(weight.dtype), None, None, None, None
 
 
 class FoldedNorm(nn.Module):

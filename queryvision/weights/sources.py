@@ -19,10 +19,12 @@ from huggingface_hub.constants import ENDPOINT
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from queryvision.engine.checkpoint import FORMAT, read_file
 from queryvision.errors import CheckpointError, ConfigError, nearest
 from queryvision.model.backbone import Backbone
+from queryvision.model.folding import FoldedNorm
 
 PACKAGED = "tf_efficientnet_lite0"
 PACKAGED_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -49,10 +51,18 @@ def load_backbone(backbone: Backbone, source: str) -> str:
         CheckpointError: it cannot be read, or tensors are missing.
     """
     if source == "none":
-        kept = sum(parameter.numel() for parameter in backbone.parameters() if not parameter.requires_grad)
-        share = kept / sum(parameter.numel() for parameter in backbone.parameters())
-        advice = f", {share:.0%} of them never trained; to train all: model.freeze=0, model.frozen_norm=false" if kept else ""
-        return f"backbone: random weights{advice}"
+        held = [
+            text
+            for text, found in (
+                ("parts of them are never trained (model.freeze=0)", not all(p.requires_grad for p in backbone.parameters())),
+                (
+                    "norms are constant (model.frozen_norm=false)",
+                    any(isinstance(m, FoldedNorm | FrozenBatchNorm2d) for m in backbone.modules()),
+                ),
+            )
+            if found
+        ]
+        return f"backbone: random weights{''.join(f', {text}' for text in held)}"
     name = backbone.name
     _check_normalisation(backbone, source)
     state = _state(name, source)

@@ -181,7 +181,7 @@ def test_fine_tuning_on_other_classes(call: Call, trained: Path, spoil: Callable
 
 def test_a_run_takes_the_batch_that_fits(call: Call, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last word that resumes it is a number."""
-    monkeypatch.setattr(memory, "free_memory", lambda device: int(4e8))
+    monkeypatch.setattr(memory, "free_memory", lambda device: int(2e8))
     words = (*TINY, "--steps", "1", "--batch-size", "auto", "--output", tmp_path)
     done = call("train", "--data", scenes, *words)
     assert done.code == 0 and "as many images as fit into memory" in done.out
