@@ -1,7 +1,7 @@
 """Dropout that does not spend a tenth of a CPU's training step on random numbers, and keeps little for its backward pass.
 
 What was dropped is told from what is left: by the zeros behind a ReLU, by the sign of attention weights, by a byte elsewhere.
-PyTorch keeps a number for every element, beside what it multiplied. A compiler decides itself.
+PyTorch keeps a number for every element, beside what it multiplied. A compiler takes the draw as it is and fuses the rest.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     Returns:
         The shape of `x`, what is kept divided by 1 - p.
     """
-    if not training or p in (0, 1) or x.device.type != "cpu" or torch.compiler.is_compiling():
+    if not training or p in (0, 1) or x.device.type != "cpu":
         return F.dropout(x, p, training)
     return _Dropout.apply(x, p)  # type: ignore[no-any-return]
 
 
 def relu_dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """`dropout` of a ReLU; only the result is kept, as its gradient is zero where that is. Shapes as there; `x` may change."""
-    if not training or p in (0, 1) or torch.compiler.is_compiling():
+    if not training or p in (0, 1):
         return dropout(F.relu(x, inplace=True), p, training)
     return _ReluDropout.apply(x, p)  # type: ignore[no-any-return]
 
@@ -51,11 +51,17 @@ def attend(scores: Tensor, values: Tensor, p: float) -> Tensor:
     return _Attend.apply(scores, values, p)  # type: ignore[no-any-return]
 
 
+@torch.library.custom_op("queryvision::draw", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def _draw(x: Tensor, p: float) -> Tensor:
     """True for elements that are kept, the shape of `x`, on a CPU."""
     count = x.numel()
     bits = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     return bits[:count].view(x.shape) >= round(p * 65536) - 32768
+
+
+@_draw.register_fake
+def _(x: Tensor, p: float) -> Tensor:
+    return torch.empty(x.shape, dtype=torch.bool, device=x.device)
 
 
 class _Dropout(torch.autograd.Function):
