@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from queryvision.allocation import keep_freed_memory
 from queryvision.parsing import NEWEST, Commands, run_app
 from queryvision.weights import FAMILIES
 
@@ -260,6 +261,7 @@ def data_view(
 
 def main() -> None:
     """Entry point."""
+    keep_freed_memory()
     run_app(app)
 
 

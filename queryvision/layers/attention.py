@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from queryvision.layers.conv import Activation, activate
+from queryvision.layers.linear import Linear, linear
 from queryvision.ops.dropout import attend, dropout, relu_dropout
 
 
@@ -32,7 +33,7 @@ class Attention(nn.Module):
         self.dropout = dropout
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = Linear(width, width)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
@@ -51,12 +52,12 @@ class Attention(nn.Module):
         """
         width = query.shape[-1]
         if query is key:
-            q, k = F.linear(query, self.in_proj_weight[: 2 * width], self.in_proj_bias[: 2 * width]).chunk(2, -1)
+            q, k = linear(query, self.in_proj_weight[: 2 * width], self.in_proj_bias[: 2 * width]).chunk(2, -1)
         else:
             w_q, w_k, _ = self.in_proj_weight.chunk(3)
             b_q, b_k, _ = self.in_proj_bias.chunk(3)
-            q, k = F.linear(query, w_q, b_q), F.linear(key, w_k, b_k)
-        v = F.linear(value, self.in_proj_weight[2 * width :], self.in_proj_bias[2 * width :])
+            q, k = linear(query, w_q, b_q), linear(key, w_k, b_k)
+        v = linear(value, self.in_proj_weight[2 * width :], self.in_proj_bias[2 * width :])
         mask = None if hidden is None else ~hidden[:, None]
         out = self._attend(self._split(q), self._split(k), self._split(v), mask)
         return self.out_proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
@@ -89,8 +90,8 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, hidden: int, dropout: float = 0.0, activation: Activation = "relu") -> None:
         super().__init__()
         self.activation = activation
-        self.linear1 = nn.Linear(width, hidden)
-        self.linear2 = nn.Linear(hidden, width)
+        self.linear1 = Linear(width, hidden)
+        self.linear2 = Linear(hidden, width)
         self.dropout = dropout
         for layer in (self.linear1, self.linear2):
             nn.init.xavier_uniform_(layer.weight)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from queryvision.layers.linear import Linear
 from queryvision.ops.sampling import Shapes, gathers_rows, sample_levels
 
 
@@ -42,10 +43,10 @@ class DeformableAttention(nn.Module):
         if len(self.num_points) != num_levels:
             raise ValueError(f"{num_levels} levels need as many numbers of points, not {list(self.num_points)}")
         total = num_heads * sum(self.num_points)
-        self.sampling_offsets = nn.Linear(width, total * 2)
-        self.attention_weights = nn.Linear(width, total)
-        self.value_proj = nn.Linear(width, width) if project else None
-        self.output_proj = nn.Linear(width, width) if project else None
+        self.sampling_offsets = Linear(width, total * 2)
+        self.attention_weights = Linear(width, total)
+        self.value_proj = Linear(width, width) if project else None
+        self.output_proj = Linear(width, width) if project else None
         self._initialise()
 
     def _initialise(self) -> None:

@@ -7,6 +7,8 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from queryvision.layers.linear import Linear
+
 
 class MLP(nn.Module):
     """Linear layers with ReLU between them.
@@ -21,7 +23,7 @@ class MLP(nn.Module):
     def __init__(self, width: int, hidden: int, out: int, num_layers: int) -> None:
         super().__init__()
         sizes = [width, *[hidden] * (num_layers - 1), out]
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList(Linear(i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True))
 
     @property
     def last(self) -> nn.Linear:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from queryvision.head import Feedback
 from queryvision.layers.attention import Attention, FeedForward
+from queryvision.layers.linear import Linear
 from queryvision.layers.positions import AnchorPositions, BoxPositions
 from queryvision.model.cross_attention import Look
 from queryvision.ops.dropout import dropout
@@ -36,7 +37,7 @@ class Gate(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(2 * width, 2 * width)
+        self.gate = Linear(2 * width, 2 * width)
         self.norm = nn.LayerNorm(width)
         nn.init.zeros_(self.gate.weight)
         nn.init.zeros_(self.gate.bias)

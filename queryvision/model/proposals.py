@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from queryvision.errors import ConfigError
+from queryvision.layers.linear import Linear
 from queryvision.layers.positions import sine_embedding
 from queryvision.model.cross_attention import Look
 from queryvision.model.deformable_encoder import cell_centres
@@ -58,7 +59,7 @@ class AnchorStart(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.project = nn.Linear(2 * width, 2 * width)
+        self.project = Linear(2 * width, 2 * width)
         self.norm = nn.LayerNorm(2 * width)
         nn.init.xavier_uniform_(self.project.weight)
 
@@ -119,7 +120,7 @@ class SelectedQueries(nn.Module):
         self.normed = normed
         self.large_first = large_first
         self.num_queries = num_queries
-        self.project = nn.Linear(width, width)
+        self.project = Linear(width, width)
         self.norm = nn.LayerNorm(width)
         self.start = start
         self.teach_all = teach_all

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from queryvision.layers.linear import Linear
 from queryvision.model.panel import Panel
 from queryvision.structures import FREE, Memory, Queries, QueryGroup
 
@@ -73,7 +74,7 @@ class AnchoredQueries(nn.Module):
         self.num_queries = num_queries
         self.positions = nn.Parameter(torch.randn(num_queries, 1 + num_slots, width))
         self.states = nn.Parameter(torch.randn(num_queries, 1 + num_slots, width))
-        self.reference_points = nn.Linear(width, 2)
+        self.reference_points = Linear(width, 2)
         nn.init.xavier_uniform_(self.reference_points.weight)
         nn.init.zeros_(self.reference_points.bias)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from queryvision.errors import ConfigError
+from queryvision.layers.linear import quicken
 from queryvision.model.backbone_base import IMAGENET_MEAN, IMAGENET_STD, check_freeze
 from queryvision.model.folding import fold, graph_nodes
 
@@ -132,6 +133,7 @@ def prepare(
     for _, parameters in parts[:freeze]:
         for parameter in parameters:
             parameter.requires_grad_(False)
+    quicken(body)
     narrow = has_narrow_steps(body)
     if not narrow:
         body.to(memory_format=torch.channels_last)

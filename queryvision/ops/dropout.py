@@ -51,16 +51,24 @@ def attend(scores: Tensor, values: Tensor, p: float) -> Tensor:
     return _Attend.apply(scores, values, p)  # type: ignore[no-any-return]
 
 
-@torch.library.custom_op("queryvision::draw", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+torch.library.define("queryvision::draw", "(Tensor x, float p) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+
+
 def _draw(x: Tensor, p: float) -> Tensor:
-    """True for elements that are kept, the shape of `x`, on a CPU."""
+    """True for elements that are kept, the shape of `x`, on a CPU; one operator for a compiler."""
+    kept: Tensor = torch.ops.queryvision.draw(x, p)
+    return kept
+
+
+@torch.library.impl("queryvision::draw", "cpu")
+def _draw_now(x: Tensor, p: float) -> Tensor:
     count = x.numel()
     bits = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     return bits[:count].view(x.shape) >= round(p * 65536) - 32768
 
 
-@_draw.register_fake
-def _(x: Tensor, p: float) -> Tensor:
+@torch.library.register_fake("queryvision::draw")  # type: ignore[untyped-decorator]
+def _draw_shape(x: Tensor, p: float) -> Tensor:
     return torch.empty(x.shape, dtype=torch.bool, device=x.device)
 
 

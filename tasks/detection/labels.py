@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from queryvision.errors import ConfigError, check_range
 from queryvision.head import DenoisingPlan, Fit, Head, Noise, View
+from queryvision.layers.linear import Linear
 from queryvision.layers.per_stage import PerStage
 from queryvision.ops.losses import matchability_aware, quality_focal, sigmoid_focal, sigmoid_focal_cost
 from queryvision.ops.noise import uniform
@@ -114,7 +115,7 @@ class LabelHead(Head):
         self.label_noise = label_noise
 
     def _linear(self, width: int, proposals: bool) -> nn.Linear:
-        linear = nn.Linear(width, (1 if proposals and self.one_class else self.num_classes) + self.softmax)
+        linear = Linear(width, (1 if proposals and self.one_class else self.num_classes) + self.softmax)
         if not self.softmax:
             nn.init.constant_(linear.bias, -math.log((1 - 0.01) / 0.01))
         return linear

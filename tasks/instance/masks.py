@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from queryvision.errors import ConfigError, check_range
 from queryvision.head import Feedback, Fit, Head, Scene, View
+from queryvision.layers.linear import Linear
 from queryvision.layers.mlp import MLP
 from queryvision.layers.per_stage import PerStage
 from queryvision.masks import Masks, MaskSource
@@ -339,7 +340,7 @@ def _size(maps: Tensor, like: Tensor) -> Tensor:
 
 def _prior(width: int) -> nn.Linear:
     """D -> 6, so that at first all queries' masks fade outside their box, and nothing is said about places inside."""
-    layer = nn.Linear(width, 6)
+    layer = Linear(width, 6)
     nn.init.zeros_(layer.weight)
     with torch.no_grad():
         layer.bias.copy_(torch.tensor([0.0, 0.0, 8.0] * 2))

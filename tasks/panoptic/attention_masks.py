@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from queryvision.errors import ConfigError, check_range
 from queryvision.head import Fit, Head, Scene, View
+from queryvision.layers.linear import Linear
 from queryvision.masks import Masks, MaskSource
 from queryvision.ops.losses import sigmoid_focal
 from queryvision.ops.points import dice
@@ -50,8 +51,8 @@ class AttentionMap(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.q_linear = nn.Linear(width, width)
-        self.k_linear = nn.Linear(width, width)
+        self.q_linear = Linear(width, width)
+        self.k_linear = Linear(width, width)
         for linear in (self.q_linear, self.k_linear):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)

@@ -1,0 +1,135 @@
+"""Linear layers by oneDNN against PyTorch's own, and memory that is kept."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from queryvision.layers import linear as module
+from queryvision.layers.linear import SMALL, Linear, linear, quicken
+
+IN, OUT = 96, 160
+
+
+def operands(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    weight, bias = torch.randn(OUT, IN), torch.randn(OUT)
+    return x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()
+
+
+def inputs() -> dict[str, Tensor]:
+    return {
+        "rows": torch.randn(300, IN),
+        "sequences": torch.randn(4, 100, IN),
+        "turned": torch.randn(4, IN, 100).transpose(1, 2),
+        "repeated": torch.randn(1, 100, IN).expand(4, -1, -1),
+        "strided": torch.randn(4, 100, 2 * IN)[..., ::2],
+    }
+
+
+@pytest.mark.parametrize("name", inputs())
+def test_values_and_gradients_are_those_of_pytorch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = operands(inputs()[name].detach())
+    assert x.numel() * OUT >= SMALL
+    calls = count_calls(monkeypatch)
+    mine, usual = linear(x, weight, bias), F.linear(x, weight, bias)
+    assert calls == [1] and mine.stride() == usual.stride()
+    torch.testing.assert_close(mine, usual, rtol=1e-4, atol=1e-4)
+    for direction in (torch.randn_like(mine), torch.ones(()).expand_as(mine)):
+        own, theirs = (torch.autograd.grad(out, (x, weight, bias), direction, retain_graph=True) for out in (mine, usual))
+        for a, b in zip(own, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-4)
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    calls = [0]
+    once = module._Linear.apply
+
+    def counted(*given: Tensor) -> Tensor:
+        calls[0] += 1
+        return once(*given)
+
+    monkeypatch.setattr(module._Linear, "apply", counted)
+    return calls
+
+
+def test_second_derivatives() -> None:
+    torch.manual_seed(0)
+    x, weight, bias = operands(torch.randn(300, IN))
+    seconds = []
+    for call in (linear, F.linear):
+        (first,) = torch.autograd.grad(call(x, weight, bias).square().sum(), x, create_graph=True)
+        seconds.append(torch.autograd.grad(first.square().sum(), (x, weight)))
+    for a, b in zip(*seconds, strict=True):
+        assert torch.cosine_similarity(a.flatten(), b.flatten(), 0) > 1 - 1e-6
+        assert abs(a.norm() / b.norm() - 1) < 1e-5
+
+
+def test_the_result_may_be_changed_in_place() -> None:
+    x, weight, bias = operands(torch.randn(4, 100, IN))
+    mine, usual = (
+        torch.autograd.grad(F.relu(call(x, weight, bias), inplace=True).sum(), weight)[0] for call in (linear, F.linear)
+    )
+    torch.testing.assert_close(mine, usual, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("why", ["small", "double", "autocast", "meta"])
+def test_what_is_left_to_pytorch(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = count_calls(monkeypatch)
+    layer, x = Linear(IN, OUT), torch.randn(4 if why == "small" else 300, IN)
+    if why == "double":
+        layer, x = layer.double(), x.double()
+    if why == "meta":
+        layer, x = layer.to("meta"), x.to("meta")
+    with torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast"):
+        out = layer(x)
+    assert calls == [0] and out.dtype == {"autocast": torch.bfloat16, "double": torch.float64}.get(why, torch.float32)
+
+
+def test_an_export_keeps_the_usual_operator() -> None:
+    program = torch.export.export(nn.Sequential(Linear(IN, OUT)), (torch.randn(300, IN),))
+    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert "aten.linear.default" in names and not any("queryvision" in name for name in names)
+
+
+def test_bodies_of_timm_take_part() -> None:
+    """In place: names, values and results stay."""
+    body = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=0).eval()
+    names, pixels = list(body.state_dict()), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        before = body(pixels)
+        quicken(body)
+        torch.testing.assert_close(body(pixels), before, rtol=1e-4, atol=1e-4)
+    assert list(body.state_dict()) == names and not any(type(m) is nn.Linear for m in body.modules())
+
+
+FAULTS = """
+import resource
+from queryvision.allocation import keep_freed_memory
+done = keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    bytes(bytearray(b"x") * (96 << 20))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(done, faults())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not os.confstr("CS_GNU_LIBC_VERSION"), reason="only glibc is told")
+@pytest.mark.parametrize("told", [False, True])
+def test_freed_memory_is_kept_unless_the_environment_decides(told: bool) -> None:
+    """Pages of 96 MB are 24,576, which need not be made twice."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD"))}
+    run = [sys.executable, "-c", FAULTS]
+    told_by = {"MALLOC_ARENA_MAX": "2"} if told else {}
+    done, faults = subprocess.run(run, env=environment | told_by, capture_output=True, text=True, check=True).stdout.split()
+    assert done == str(not told)
+    assert (int(faults) > 20_000) == told
