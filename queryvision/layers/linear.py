@@ -74,9 +74,10 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        to_x, to_weight, to_bias = ctx.needs_input_grad
-        return (
-            _Linear.apply(grad, weight.t(), None) if to_x else None,
-            _Linear.apply(grads.t(), rows.t(), None) if to_weight else None,
-            grads.sum(0) if to_bias else None,
-        )
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        to_weight = None
+        if for_weight:  # the first operand is copied when it is turned: the smaller one
+            wide = grads.shape[-1] > rows.shape[-1]
+            to_weight = _Linear.apply(rows.t(), grads.t(), None).t() if wide else _Linear.apply(grads.t(), rows.t(), None)
+        to_x = _Linear.apply(grad, weight.t(), None) if for_x else None
+        return to_x, to_weight, grads.sum(0) if for_bias else None
