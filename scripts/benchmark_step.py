@@ -1,14 +1,15 @@
 """Time and memory of a published model against a named peer, side by side in one run, interleaved.
 
     python scripts/benchmark_step.py --peer transformers [--model detr deformable dino rtdetrv2 dfine]
-                                     [--only training inference compiled assignment criterion memory laptop]
+                                     [--only training inference compiled onnx assignment criterion memory laptop]
                                      [--rounds 7] [--device cuda] [--half]
 
 Models: `rtdetrv2` has a ResNet-18 and `dfine` an HGNetv2-B0, the others a ResNet-50. `deformable` is the two-stage Deformable
 DETR; `dino` has 900 queries and feed-forward parts of 2048, and its peer is a two-stage Deformable DETR of the same sizes
 (without denoising queries, which `transformers` does not have: the figure `same work` leaves them out of ours, too).
 Training step: forward, loss, backward, AdamW, at 2x480x640. Inference: 1x800x1066, of the last two 1x640x640; `laptop` adds the
-model of `qv train --data` at that size beside both peers, `compiled` ours with compiled parts beside the eager peer.
+model of `qv train --data` at that size beside both peers, `compiled` ours with compiled parts beside the eager peer, and with
+`onnx` beside ONNX Runtime on the same model, exported (needs onnx, onnxscript and onnxruntime).
 Assignment: costs and matching of 6 layers x 16 images x 100 or 300 queries x 20 targets against the published way (a matrix
 over all images, layer by layer). Criterion: the same and losses with their gradients, all layers at once and layer by layer.
 Peak memory is that of a process of its own which imports what its side needs and does three training steps: of all of it,
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step_models import CLASSES, REAL_TIME, Ours, Transformers, random_targets
+from step_models import CLASSES, REAL_TIME, OnnxRuntime, Ours, Transformers, random_targets
 
 from queryvision.allocation import keep_freed_memory
 from queryvision.structures import Round, Stage, Targets
@@ -214,6 +215,10 @@ def compare(model: str, only: Sequence[str], where: Where, rounds: int) -> list[
             quick = where.ours(model, compiled=True)
             looks = (lambda: quick.infer(photo), lambda: peer.infer(photo))
             results.append(interleaved(f"{model}: inference 1x{height}x{width} / compiled", *looks, rounds))
+            if "onnx" in only:
+                other = OnnxRuntime(model, photo)
+                looks = (lambda: quick.infer(photo), lambda: other.infer(photo))
+                results.append(interleaved(f"{model}: inference 1x{height}x{width} / compiled, ONNX Runtime", *looks, rounds))
     if "memory" in only:
         names = ("peak of a training process", "what the steps added", "peak of a step's tensors")
         for what, a, b in zip(names, *(peak_memory(side, model, where) for side in ("ours", "peer")), strict=True):

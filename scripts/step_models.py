@@ -5,6 +5,8 @@ Either side's libraries are imported when its model is made, so that a process t
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,6 +95,42 @@ class Ours:
         self.model.eval()
         with torch.inference_mode(), self.autocast:
             self.model(images_of(pixels))
+
+
+class OnnxRuntime:
+    """Our model exported and run by ONNX Runtime on as many threads; answers of its last layer only.
+
+    Args:
+        name: of the model.
+        pixels: images of the size it is exported for.
+    """
+
+    def __init__(self, name: str, pixels: torch.Tensor) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            path = Path(folder) / "model.onnx"
+            torch.onnx.export(
+                LastLayer(Ours(name).model.eval()), (pixels,), path, input_names=["pixels"], dynamo=True, verbose=False
+            )
+            self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def infer(self, pixels: torch.Tensor) -> None:
+        self.session.run(None, {"pixels": pixels.numpy()})
+
+
+class LastLayer(torch.nn.Module):
+    """Images (B,3,H,W) -> what the heads say behind the last layer."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        answers = self.model(images_of(pixels)).rounds[-1].answers
+        return [field[-1] for answer in answers.values() for field in answer.values()]
 
 
 class Transformers:
