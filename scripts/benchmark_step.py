@@ -211,14 +211,15 @@ def compare(model: str, only: Sequence[str], where: Where, rounds: int) -> list[
         photo = torch.randn(1, 3, height, width, device=where.device)
         looks = (lambda: ours.infer(photo), lambda: peer.infer(photo))
         results.append(interleaved(f"{model}: inference 1x{height}x{width}", *looks, rounds))
-        if "compiled" in only:
+        if {"compiled", "onnx"} & set(only):
             quick = where.ours(model, compiled=True)
-            looks = (lambda: quick.infer(photo), lambda: peer.infer(photo))
-            results.append(interleaved(f"{model}: inference 1x{height}x{width} / compiled", *looks, rounds))
+            others = {"compiled": lambda: peer.infer(photo)} if "compiled" in only else {}
             if "onnx" in only:
-                other = OnnxRuntime(model, photo)
-                looks = (lambda: quick.infer(photo), lambda: other.infer(photo))
-                results.append(interleaved(f"{model}: inference 1x{height}x{width} / compiled, ONNX Runtime", *looks, rounds))
+                exported = OnnxRuntime(model, photo)
+                others["compiled, ONNX Runtime"] = lambda: exported.infer(photo)
+            for what, look in others.items():
+                name = f"{model}: inference 1x{height}x{width} / {what}"
+                results.append(interleaved(name, lambda: quick.infer(photo), look, rounds))
     if "memory" in only:
         names = ("peak of a training process", "what the steps added", "peak of a step's tensors")
         for what, a, b in zip(names, *(peak_memory(side, model, where) for side in ("ours", "peer")), strict=True):

@@ -1,6 +1,7 @@
-"""Linear layers in float32 on a CPU by oneDNN, which PyTorch asks for convolutions only.
+"""Linear layers in float32 on a CPU by oneDNN.
 
-PyTorch leaves these products to MKL, which reaches half of what an AMD processor can do; on Intel's both are alike.
+PyTorch leaves these products to MKL, which reaches half of what an AMD processor can do. Exports, `torch.func`, subclasses of
+tensors (DTensor) and other types get PyTorch's own operator. There are no forward-mode derivatives.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]
+from torch.utils.flop_counter import register_flop_formula
 
 SMALL = 2**20
 """Multiplications below which starting oneDNN costs more than it wins."""
@@ -28,7 +30,7 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: (...,in), (out,in) and (out) -> (...,out), the same to rounding."""
-    if x.numel() * weight.shape[0] < SMALL or not _suits_onednn(x, weight):
+    if not _suits_onednn(x, weight, bias) or x.numel() * weight.shape[0] < SMALL:
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias)  # type: ignore[no-any-return]
 
@@ -40,11 +42,16 @@ def quicken(body: nn.Module) -> None:
             module.__class__ = Linear
 
 
-def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Exports keep the operator that other programs know."""
-    plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    exports = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.7
-    return ONEDNN and plain and not exports() and not is_tracing()  # type: ignore[no-untyped-call]
+def _suits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    ours = all(type(each) in (Tensor, nn.Parameter) for each in (x, weight)) and x.device.type == "cpu" and ONEDNN
+    single = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    fits = weight.ndim == 2 and x.shape[-1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1])
+    if not (ours and single and fits):
+        return False
+    if torch.compiler.is_compiling():
+        return not getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()  # torch 2.7
+    usual = is_tracing() or torch._C._are_functorch_transforms_active()  # type: ignore[no-untyped-call]
+    return not usual and torch._C._get_mkldnn_enabled()
 
 
 torch.library.define("queryvision::linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -53,7 +60,8 @@ torch.library.define("queryvision::linear", "(Tensor x, Tensor weight, Tensor? b
 @torch.library.impl("queryvision::linear", "cpu")
 def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """One operator for a compiler, too; its result may be changed in place, so it is no view."""
-    out = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, x.shape[-1]), weight, bias, "none", [], "")
+    dense = None if bias is None else bias.contiguous()  # its strides are not looked at
+    out = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, x.shape[-1]), weight, dense, "none", [], "")
     shaped: Tensor = torch.ops.aten._unsafe_view(out, (*x.shape[:-1], weight.shape[0]))
     return shaped
 
@@ -63,21 +71,27 @@ def _shaped(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+@register_flop_formula(torch.ops.queryvision.linear)
+def _flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * x.numel() * weight[0]
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        for_x, for_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if for_weight else None, weight if for_x else None)
         out: Tensor = torch.ops.queryvision.linear(x, weight, bias)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        for_x, for_weight, for_bias = ctx.needs_input_grad
+        grads = grad.reshape(-1, grad.shape[-1])
         to_weight = None
-        if for_weight:  # the first operand is copied when it is turned: the smaller one
+        if x is not None:  # the first operand is copied when it is turned: the smaller one
+            rows = x.reshape(-1, x.shape[-1])
             wide = grads.shape[-1] > rows.shape[-1]
             to_weight = _Linear.apply(rows.t(), grads.t(), None).t() if wide else _Linear.apply(grads.t(), rows.t(), None)
-        to_x = _Linear.apply(grad, weight.t(), None) if for_x else None
-        return to_x, to_weight, grads.sum(0) if for_bias else None
+        to_x = None if weight is None else _Linear.apply(grad, weight.t(), None)
+        return to_x, to_weight, grads.sum(0) if ctx.needs_input_grad[2] else None

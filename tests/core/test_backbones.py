@@ -217,6 +217,7 @@ def test_a_norm_is_folded_only_if_nobody_else_reads_the_convolution() -> None:
 def test_a_copy_is_whole_and_apart() -> None:
     backbone = make_backbone("vit_tiny_patch16_224", LEVELS).eval()
     other = copy.deepcopy(backbone)
+    assert not any(type(module) is nn.Linear for module in other.modules()), "all are oneDNN's"
     assert {k.split(".")[0] for k in backbone.state_dict()} == {"body", "pyramid"}
     with torch.no_grad():
         before = backbone(images()).maps[0]
