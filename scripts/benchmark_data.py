@@ -27,9 +27,11 @@ from torchvision import tv_tensors
 from torchvision.io import decode_image
 from torchvision.transforms import v2
 
+from queryvision.allocation import keep_freed_memory
 from queryvision.data.coco import open_dataset
 from queryvision.data.loader import BatchPlan, train_loader
 from queryvision.data.transforms import training_transform
+from queryvision.ops.pixels import normalised
 
 IMAGES, BATCH, SIZES = 200, 2, tuple(range(480, 801, 32))
 PREFETCHED = 2  # batches a worker has ready, PyTorch's default
@@ -137,6 +139,7 @@ def rate(take: Callable[[], Any], batches: int, workers: int) -> float:
 
 def main() -> None:
     """A line for each setting."""
+    keep_freed_memory()  # both sides, as `qv` does
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--workers", type=int, nargs="+", default=(0, 2))
@@ -160,7 +163,7 @@ def main() -> None:
 
                 def mine(ours: Any = ours, workers: int = workers) -> Any:
                     batch = next(ours)
-                    return batch if workers else (batch.images.pixels - mean).div_(std)
+                    return batch if workers else normalised(batch.images.pixels, mean, std)
 
                 rates: dict[str, list[float]] = {"ours": [], "peer": []}
                 for turn in range(given.rounds + 1):

@@ -61,6 +61,8 @@ torch.library.define("queryvision::linear", "(Tensor x, Tensor weight, Tensor? b
 def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """One operator for a compiler, too; its result may be changed in place, so it is no view."""
     dense = None if bias is None else bias.contiguous()  # its strides are not looked at
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        weight = weight.contiguous()  # else it takes thousand times as long
     out = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, x.shape[-1]), weight, dense, "none", [], "")
     shaped: Tensor = torch.ops.aten._unsafe_view(out, (*x.shape[:-1], weight.shape[0]))
     return shaped

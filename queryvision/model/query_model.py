@@ -22,6 +22,7 @@ from queryvision.model.denoising import Denoising
 from queryvision.model.groups import Entry, make_rounds, unseen
 from queryvision.model.panel import Panel
 from queryvision.model.queries import Carried, carry
+from queryvision.ops.pixels import normalised
 from queryvision.structures import Answer, ImageBatch, Outputs, Stage, Targets
 
 
@@ -117,8 +118,7 @@ class QueryModel(nn.Module):
         """Pixels 0..255 (uint8) -> normalised for the backbone, zero in the padding; floating pixels pass as they are."""
         if images.pixels.is_floating_point():
             return images
-        pixels = images.pixels.contiguous(memory_format=torch.channels_last)
-        pixels = (pixels - self.mean).div_(self.std)
+        pixels = normalised(images.pixels, self.mean, self.std)
         if images.padded:
             pixels = pixels.masked_fill(images.padding[:, None], 0.0)
         return replace(images, pixels=pixels)

@@ -18,6 +18,7 @@ from queryvision.model.decoder import DecoderLayer
 from queryvision.model.encoder import EncoderLayer
 from queryvision.ops import boxes as box_ops
 from queryvision.ops.losses import sigmoid_focal, sigmoid_focal_cost
+from queryvision.ops.pixels import normalised
 from queryvision.structures import Memory
 
 
@@ -35,6 +36,16 @@ def double() -> Iterator[None]:
 
 def memory_of(tokens: torch.Tensor, padding: torch.Tensor | None = None) -> Memory:
     return Memory(tokens, torch.zeros_like(tokens), ((1, tokens.shape[1]),), padding, torch.ones(len(tokens), 1, 2))
+
+
+# ---------------------------------------------------------------------------------------------------- pixels
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_pixels_are_normalised_channel_by_channel(layout: torch.memory_format) -> None:
+    pixels = torch.randint(0, 256, (2, 3, 5, 7), dtype=torch.uint8).contiguous(memory_format=layout)
+    before, mean, std = pixels.clone(), torch.rand(3, 1, 1) * 255, torch.rand(3, 1, 1) * 255 + 1
+    found = normalised(pixels, mean, std)
+    assert torch.equal(found, (pixels - mean) / std) and torch.equal(pixels, before)
+    assert found.is_contiguous(memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------------------------------------------- attention
