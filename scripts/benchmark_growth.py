@@ -77,8 +77,8 @@ def plot(table: Path, picture: Path) -> None:
         other = panel.twinx()
         other.plot(across, [row["mb"] for row in mine], "s--", color="tab:orange", label="MB at the peak")
         panel.set_xlabel(SHOWN[what])
-        panel.set_ylim(bottom=0)
-        other.set_ylim(bottom=0)
+        for axes, unit in ((panel, "ms"), (other, "mb")):
+            axes.set_ylim(0, 1.1 * max(row[unit] for row in mine))
     panels[0].set_ylabel("ms a step", color="tab:blue")
     other.set_ylabel("MB at the peak", color="tab:orange")
     figure.tight_layout()
