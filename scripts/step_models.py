@@ -110,6 +110,7 @@ class OnnxRuntime:
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # else they hold the cores while we run
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             path = Path(folder) / "model.onnx"
             torch.onnx.export(
