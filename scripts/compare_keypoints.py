@@ -2,7 +2,7 @@
 
     python scripts/compare_keypoints.py --steps 650 --seeds 0
 
-Prints a table for `tasks/keypoints/README.md`; each run's folder stays under `--output`.
+Prints a table for `docs/keypoints.md`; each run's folder stays under `--output`.
 """
 
 from __future__ import annotations
