@@ -59,14 +59,17 @@ def _child(rank: int, function: Callable[..., Any], given: dict[str, Any], devic
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // devices))
+    code = 0
     try:
         result = function(**given)
+        if rank == 0:
+            told.put(result)
     except QueryVisionError as error:
         told.put(error)
-        sys.stdout.flush()
-        os._exit(getattr(error, "code", 2))  # at once: others may wait for this process, and it for them
-    if rank == 0:
-        told.put(result)
+        code = getattr(error, "code", 2)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # at once: others may wait for this process, and threads of the connections sometimes abort an orderly end
 
 
 def _reason(told: SimpleQueue[Any], error: ProcessExitedException | ProcessRaisedException) -> Exception:
