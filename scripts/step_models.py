@@ -114,7 +114,7 @@ class OnnxRuntime:
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             path = Path(folder) / "model.onnx"
             torch.onnx.export(
-                LastLayer(Ours(name).model.eval()), (pixels,), path, input_names=["pixels"], dynamo=True, verbose=False
+                LastLayer(Ours(name).model).eval(), (pixels,), path, input_names=["pixels"], dynamo=True, verbose=False
             )
             self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
