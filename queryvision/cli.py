@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from queryvision.allocation import keep_freed_memory
+from queryvision.allocation import tune_allocation
 from queryvision.parsing import NEWEST, Commands, run_app
 from queryvision.weights import FAMILIES
 
@@ -42,7 +42,9 @@ def train(
     ] = None,
     weights: Annotated[str | None, typer.Option(help="none, imagenet, torchvision:NAME, timm:NAME, a path or URL.")] = None,
     devices: Annotated[int | None, typer.Option(help="Number of processes.")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, bf16, fp16, or auto: bf16 where the device computes in it.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that read images.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     name: Annotated[str | None, typer.Option(help="Of the run, a folder under OUTPUT/TASK.")] = None,
@@ -74,7 +76,9 @@ def profile(
     steps: Annotated[int, typer.Option(help="Training steps that are measured.")] = 10,
     batch_size: Annotated[int | None, typer.Option(help="Images a step.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Short side of the input in pixels.")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, bf16, fp16, or auto: bf16 where the device computes in it.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that read images.")] = None,
     set_: Set = None,
     debug: Debug = False,
@@ -261,7 +265,7 @@ def data_view(
 
 def main() -> None:
     """Entry point."""
-    keep_freed_memory()
+    tune_allocation()
     run_app(app)
 
 

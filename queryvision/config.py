@@ -90,7 +90,9 @@ class TrainSettings(Settings):
     ema_warmup: int = Field(200, ge=1, description="steps over which the decay rises")
     recompute: list[str] = Field([], description="parts computed once more in the backward pass, for memory: backbone, encoder")
     compile: list[str] = Field([], description="parts run by torch.compile, for speed: backbone, encoder, decoder.layers")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the forward pass; losses are always fp32")
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = Field(
+        "fp32", description="of the forward pass, losses are always fp32; auto: bf16 where the device computes in it, else fp32"
+    )
     devices: int | None = Field(None, ge=1, description="processes, a GPU each; empty: as many as a launcher started, else 1")
     shard: bool = Field(False, description="share out weights, gradients and moments among the processes (FSDP2)")
     seed: int = Field(0, ge=0, description="of weights, order, augmentation and dropout")

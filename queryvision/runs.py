@@ -67,7 +67,7 @@ def train(
             checkpoint of ours, perhaps of other classes.
         devices: number of processes, each with a GPU of its own where there are any; started here unless torchrun or
             `accelerate launch` did.
-        precision: fp32, bf16 or fp16.
+        precision: fp32, bf16, fp16, or auto: bf16 where the device computes in it.
         workers: processes that read images.
         seed: of everything random.
         name: of the run, a folder under `output`/`task`.

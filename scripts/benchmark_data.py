@@ -27,7 +27,7 @@ from torchvision import tv_tensors
 from torchvision.io import decode_image
 from torchvision.transforms import v2
 
-from queryvision.allocation import keep_freed_memory
+from queryvision.allocation import tune_allocation
 from queryvision.data.coco import open_dataset
 from queryvision.data.loader import BatchPlan, train_loader
 from queryvision.data.transforms import training_transform
@@ -139,7 +139,7 @@ def rate(take: Callable[[], Any], batches: int, workers: int) -> float:
 
 def main() -> None:
     """A line for each setting."""
-    keep_freed_memory()  # both sides, as `qv` does
+    tune_allocation()  # both sides, as `qv` does
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--workers", type=int, nargs="+", default=(0, 2))

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from queryvision.allocation import keep_freed_memory
+from queryvision.allocation import tune_allocation
 from queryvision.layers.deformable import DeformableAttention
 
 SHAPES = ((60, 80), (30, 40), (15, 20), (8, 10))
@@ -126,7 +126,7 @@ def peak_resident() -> float:
 
 
 def main() -> None:
-    keep_freed_memory()  # both sides, as `qv` does
+    tune_allocation()  # both sides, as `qv` does
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", choices=["transformers"], default="transformers")
     parser.add_argument("--rounds", type=int, default=7)

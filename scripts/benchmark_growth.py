@@ -20,7 +20,7 @@ import torch
 from benchmark_step import resident
 from step_models import CLASSES, images_of, random_targets, update
 
-from queryvision.allocation import keep_freed_memory
+from queryvision.allocation import tune_allocation
 from queryvision.criterion import Criterion
 from queryvision.tasks.detection import dfine_s
 
@@ -87,7 +87,7 @@ def plot(table: Path, picture: Path) -> None:
 
 def main() -> None:
     """Measures, then draws."""
-    keep_freed_memory()
+    tune_allocation()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--csv", type=Path, default=Path("growth.csv"))

@@ -23,7 +23,7 @@ import torch
 from benchmark_step import interleaved, resident, tensor_peak
 from step_models import images_of, random_targets, update
 
-from queryvision.allocation import keep_freed_memory
+from queryvision.allocation import tune_allocation
 from queryvision.assembly import Loaded, resolve
 from queryvision.config import load_config
 from queryvision.criterion import Criterion
@@ -137,7 +137,7 @@ def predict() -> None:
 
 
 def main() -> None:
-    keep_freed_memory()  # both sides, as `qv` does
+    tune_allocation()  # both sides, as `qv` does
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", nargs="*", default=["training", "memory", "predict"])

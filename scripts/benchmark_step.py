@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from step_models import CLASSES, REAL_TIME, OnnxRuntime, Ours, Transformers, random_targets
 
-from queryvision.allocation import keep_freed_memory
+from queryvision.allocation import tune_allocation
 from queryvision.structures import Round, Stage, Targets
 
 
@@ -240,7 +240,7 @@ def laptop(where: Where, rounds: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    keep_freed_memory()  # both sides, as `qv` does
+    tune_allocation()  # both sides, as `qv` does
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", choices=["transformers"], default="transformers")
     parser.add_argument("--model", nargs="*", choices=["detr", "deformable", "dino", *REAL_TIME], default=["detr"])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 def sample_maps(maps: Tensor, points: Tensor) -> Tensor:
     """Bilinear samples of maps (n,C,h,w) at points (n,P,2) -> (n,C,P), 0 outside."""
-    return F.grid_sample(maps, 2 * points[:, :, None] - 1, mode="bilinear", align_corners=False)[..., 0]
+    return F.grid_sample(maps, (2 * points[:, :, None]).sub_(1), mode="bilinear", align_corners=False)[..., 0]
 
 
 def sample_bits(masks: Tensor, rows: Tensor, points: Tensor) -> Tensor:
@@ -68,12 +68,12 @@ def uncertain_points(
         (n,P,2), without a gradient.
     """
     with torch.no_grad():
-        candidates = draw(int(num_points * oversample)) * extent
+        candidates = draw(int(num_points * oversample)).mul_(extent)
         doubt = -sample_maps(logits[:, None], candidates)[:, 0].abs()
         best = doubt.topk(int(share * num_points), 1)[1]
         chosen = candidates.gather(1, best[..., None].expand(-1, -1, 2))
         others = num_points - chosen.shape[1]
-        return torch.cat((chosen, draw(others) * extent), 1) if others else chosen
+        return torch.cat((chosen, draw(others).mul_(extent)), 1) if others else chosen
 
 
 def binary_entropy(logits: Tensor, wanted: Tensor) -> Tensor:

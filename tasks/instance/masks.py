@@ -30,6 +30,9 @@ from queryvision.ops.noise import uniform
 from queryvision.ops.points import binary_entropy, dice, pairwise_mask_cost, sample_bits, sample_maps, uncertain_points
 from queryvision.structures import Answer, Facts, Match, Picks, PixelMap, Round, Targets
 
+LARGEST = 2**20
+"""Most numbers in the masks of one image that are matched at once; else stage by stage."""
+
 
 @dataclass
 class Canvas:
@@ -190,7 +193,9 @@ class MaskHead(Head):
             places = points[image] * canvas.cells / canvas.pixels.extents[image]  # 0..1 of the image
             rows = torch.arange(count, device=masks.device)
             wanted = sample_bits(masks[image], rows, canvas.on_targets(points[image, None], masks))
-            for stage in range(stages):  # all at once would not fit: stages x queries x points
+            at_once = max(1, LARGEST // (queries * self.points))  # all stages would not fit: stages x queries x points
+            for first in range(0, stages, at_once):
+                stage = slice(first, first + at_once)
                 logits = embedding[stage, image].float() @ seen
                 if self.prior is not None:
                     weights, around = (round.answers[self.name][field][stage, image] for field in ("prior", "around"))
@@ -249,7 +254,8 @@ class MaskHead(Head):
         canvas, answer = self._canvas(round), round.answers[self.name]
         pixels = canvas.pixels.map.float()
         rows = torch.split(pairs.predicted(answer["embedding"]).float(), list(pairs.per_image))
-        masks = torch.cat([mine @ pixels[image].flatten(1) for image, mine in enumerate(rows)]).view(-1, *pixels.shape[-2:])
+        maps = pixels.flatten(2).unbind()  # the gradients of all are put together once, not added up image by image
+        masks = torch.cat([mine @ map for mine, map in zip(rows, maps, strict=True)]).view(-1, *pixels.shape[-2:])
         if self.prior is None:
             return masks
         weights, around = pairs.predicted(answer["prior"]), pairs.predicted(answer["around"])

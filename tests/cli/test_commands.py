@@ -501,3 +501,22 @@ def test_two_precisions_in_one_process(drawn_once: Path, tmp_path: Path) -> None
 
     for precision, wanted in (("fp32", "no"), ("bf16", "bf16"), ("fp32", "no")):
         assert make_accelerator(TrainSettings(precision=precision)).mixed_precision == wanted
+
+
+def test_precision_auto_is_what_the_machine_computes_in(
+    call: Call, drawn_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is chosen once: the run's configuration names it, so that the run goes on in it elsewhere."""
+    from queryvision.engine.processes import BF16, chosen_precision
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for able, wanted in ((False, "fp32"), (True, "bf16")):
+        for name in BF16:
+            monkeypatch.setattr(torch.cpu, name, lambda able=able: able, raising=False)
+        assert chosen_precision("auto") == wanted and chosen_precision("fp32") == "fp32"
+        done = call(
+            "train", "--data", drawn_once, *TINY, "--precision", "auto", "--steps", "1", "--output", tmp_path / wanted,
+        )  # fmt: skip
+        assert done.code == 0 and f"precision {wanted} (auto)" in done.out
+        (config,) = (tmp_path / wanted).rglob("config.yaml")
+        assert f"precision: {wanted}\n" in config.read_text()

@@ -81,6 +81,19 @@ def test_attention_starts_like_torch() -> None:
     assert 0.95 * bound < theirs["in_proj_weight"].abs().max() <= bound
 
 
+def test_attention_on_a_cpu_is_computed_in_float32_whatever_the_precision() -> None:
+    """Only what goes in and comes out is rounded."""
+    torch.manual_seed(0)
+    ours, x = Attention(WIDTH, 4), torch.randn(2, 5, WIDTH)
+    q, k, v = (torch.randn(2, 4, 5, WIDTH // 4, dtype=torch.bfloat16) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ours._attend(q, k, v, None)
+        out = ours(x, x, x)
+    assert found.dtype == out.dtype == torch.bfloat16
+    assert torch.equal(found, nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float()).bfloat16())
+    close(out.float(), ours(x, x, x), 0.03)
+
+
 def test_attention_refuses_a_width_that_heads_do_not_divide() -> None:
     with pytest.raises(ValueError, match="30"):
         Attention(30, 4)

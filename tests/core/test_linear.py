@@ -148,8 +148,8 @@ def test_bodies_of_timm_take_part() -> None:
 
 FAULTS = """
 import resource
-from queryvision.allocation import keep_freed_memory
-done = keep_freed_memory()
+from queryvision.allocation import tune_allocation
+done = tune_allocation()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     bytes(bytearray(b"x") * (96 << 20))

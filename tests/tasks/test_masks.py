@@ -23,6 +23,7 @@ from queryvision.ops.points import pairwise_mask_cost, sample_bits, sample_maps,
 from queryvision.structures import Facts, ImageBatch, Match, Memory, Picks, PixelMap, Round, Stage, Targets
 from queryvision.tasks.detection import LabelHead
 from queryvision.tasks.instance import TASK, MaskHead
+from queryvision.tasks.instance import masks as masks_module
 from queryvision.tasks.instance.masks import Canvas
 
 CLASSES = 4
@@ -182,7 +183,7 @@ def test_no_pairs_keep_everything_in_the_graph() -> None:
         assert part.grad is not None and not part.grad.any()
 
 
-def test_a_box_prior_is_the_same_in_loss_cost_and_result() -> None:
+def test_a_box_prior_is_the_same_in_loss_cost_and_result(monkeypatch: pytest.MonkeyPatch) -> None:
     head = MaskHead(Fit(8, 2, anchors=4, pixels=8), points=40, uncertain=0.0, oversample=1.0, box_prior=True)
     round, targets = scene(head)
     draw = generator(9)
@@ -231,6 +232,11 @@ def test_a_box_prior_is_the_same_in_loss_cost_and_result() -> None:
     )
     # between two cells the prior is not linear, so a cost on points differs a little from the map's
     torch.testing.assert_close(cost[0, 1, 2, 1], pairwise_mask_cost(found, wanted, 5.0, 5.0)[0, 0], atol=0.3, rtol=0.05)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(masks_module, "LARGEST", 1)
+        one_by_one = head.cost(round, targets, [generator(1), generator(2)])
+    torch.testing.assert_close(cost, one_by_one, atol=1e-5, rtol=1e-5)
 
     terms = head.loss(round, match, targets, Facts(1.0, torch.ones(10), torch.ones(10, dtype=torch.bool), None))
     sum(term.sum() for term in terms.values()).backward()
