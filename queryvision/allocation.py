@@ -16,15 +16,15 @@ def tune_allocation() -> bool:
     By default every block above 32 MB is taken from the system and given back, and the system clears it each time: a tenth of
     a training step of megapixel images. In exchange the process stays as large as it ever was, and may become some percent
     larger where sizes vary. Tensors of 2 MB and more then begin at a huge page, where the system has them: fewer pages to make
-    and to look up. To be called before the first large tensor. What the environment says about allocation (MALLOC_...,
-    GLIBC_TUNABLES, LD_PRELOAD, THP_MEM_ALLOC_ENABLE) stays as it is.
+    and to look up; to be called before the first of them. Where the environment speaks about allocation (MALLOC_...,
+    GLIBC_TUNABLES, LD_PRELOAD), all stays as it is; THP_MEM_ALLOC_ENABLE=0 refuses the huge pages.
 
     Returns:
         Whether it was done; other systems and C libraries are left alone.
     """
-    told = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", HUGE_PAGES)) for name in os.environ)
+    told = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")) for name in os.environ)
     if told or platform.libc_ver()[0] != "glibc":
         return False
-    os.environ[HUGE_PAGES] = "1"
+    os.environ.setdefault(HUGE_PAGES, "1")
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(MMAP_MAX, 0) and mallopt(TRIM_THRESHOLD, -1))

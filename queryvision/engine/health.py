@@ -63,8 +63,9 @@ class Health:
         bad = (~(finite.all() & fine)).float()
         if self.accelerator.num_processes > 1:
             bad = self.accelerator.reduce(bad, "sum").clamp(max=1)
+        skip = bad > 0
         for buffer, old in self.before:
-            buffer.copy_(torch.where(bad > 0, old, buffer))
+            buffer.copy_(torch.where(skip, old, buffer))
         self.before = []
         self.steps.append(_Step(number, list(losses), list(image_ids), torch.cat([finite, (bad == 0)[None]])))
         return bad
