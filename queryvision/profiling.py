@@ -81,7 +81,7 @@ def profile(
         steps: that are measured, after three that are not.
         batch_size: images a step.
         image_size: short side of the input in pixels.
-        precision: fp32, bf16 or fp16.
+        precision: fp32, bf16, fp16, or auto: bf16 where the device computes in it.
         workers: processes that read images.
         settings: `section.key=value`, any other setting.
 

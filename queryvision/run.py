@@ -23,7 +23,7 @@ from queryvision.data.skeletons import shared_flip_pairs
 from queryvision.data.transforms import evaluation_transform, largest_area
 from queryvision.engine.files import replacing
 from queryvision.engine.memory import images_that_fit
-from queryvision.engine.processes import chosen_precision, make_accelerator
+from queryvision.engine.processes import make_accelerator, precision_of
 from queryvision.engine.run_log import summary
 from queryvision.engine.trainer import Trainer
 from queryvision.fitting import fit_to_data
@@ -57,12 +57,11 @@ class Run:
     def __init__(self, config: Config, folder: Path | None, timer: Timer = untimed) -> None:
         self.timer = timer
         self.task: Task = resolve_task(config.task)
-        precision = chosen_precision(config.train.precision)
         self.accelerator = make_accelerator(config.train)
         self.say = self.accelerator.print  # on the main process
-        if precision != config.train.precision:
-            self.say(f"precision {precision} (auto)")
-            config = changed(config, {"train.precision": precision})
+        if config.train.precision == "auto":
+            config = changed(config, {"train.precision": precision_of(self.accelerator)})
+            self.say(f"precision {config.train.precision} (auto)")
         self.folder: Path | None = broadcast_object_list([folder])[0]  # another run may begin while the processes look
         resolve(config, self.task)  # a wrong setting is told before any data is read
         self.train_data, self.val_data = open_splits(config, self.task)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from queryvision.config import load_config
+from queryvision.config import changed, load_config
 from queryvision.engine.launch import launch
 from queryvision.errors import ConfigError
 from queryvision.run import Run
@@ -98,6 +98,11 @@ def train(
     else:
         chosen = load_config(task, config, overrides, settings)
         folder = newest_run(chosen) if resume else None
+        if (
+            folder is not None and chosen.train.precision == "auto" and (folder / SETTINGS).is_file()
+        ):  # it was chosen when the run began
+            begun = load_config(task, str(folder / SETTINGS))
+            chosen = changed(chosen, {"train.precision": begun.train.precision})
     if (chosen.train.devices or 1) > 1 and "WORLD_SIZE" not in os.environ:
         return Path(launch(train, given, chosen.train.devices or 1))
     go_on = folder is not None and (folder / LAST).is_file()

@@ -16,6 +16,7 @@ import torch
 from torch import multiprocessing
 from torch.multiprocessing.spawn import ProcessContext, ProcessExitedException, ProcessRaisedException, start_processes
 
+from queryvision.allocation import tune_allocation
 from queryvision.errors import ConfigError, QueryVisionError
 
 GRACE = 60.0  # s that the others have to end, once a process has
@@ -59,6 +60,7 @@ def _child(rank: int, function: Callable[..., Any], given: dict[str, Any], devic
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // devices))
+    tune_allocation()
     code = 0
     try:
         result = function(**given)

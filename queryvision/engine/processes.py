@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import gather_object
 
 from queryvision.config import TrainSettings
 from queryvision.errors import ConfigError
@@ -26,24 +27,31 @@ def make_accelerator(settings: TrainSettings) -> Accelerator:
     """
     _check_processes(settings.devices)
     AcceleratorState._reset_state()  # else the precision of an earlier run in this process would stay
-    precision = chosen_precision(settings.precision)
     # Without a GPU, Accelerate joins the processes that torchrun started only if it is told to stay on the CPU.
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    accelerator = Accelerator(
-        mixed_precision="no" if precision == "fp32" else precision, cpu=several and not torch.cuda.is_available()
-    )
-    if settings.precision == "fp16" and accelerator.device.type == "cpu":
+    alone_on_cpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available()
+    device = PartialState(cpu=alone_on_cpu).device
+    precision = _agreed(native_precision(device)) if settings.precision == "auto" else settings.precision
+    if precision == "fp16" and device.type == "cpu":
         raise ConfigError("train.precision = 'fp16': needs a GPU; on a CPU use fp32 or bf16")
-    return accelerator
+    return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=alone_on_cpu)
 
 
-def chosen_precision(precision: Precision | Literal["auto"]) -> Precision:
-    """`auto`: bf16 where the GPU, or without one the processor, computes in it and does not merely imitate it; else fp32."""
-    if precision != "auto":
-        return precision
-    if torch.cuda.is_available():
+def precision_of(accelerator: Accelerator) -> Precision:
+    """What the forward pass runs in."""
+    return "fp32" if accelerator.mixed_precision == "no" else cast(Precision, accelerator.mixed_precision)
+
+
+def native_precision(device: torch.device) -> Precision:
+    """bf16 where a device computes in it and does not merely imitate it, else fp32."""
+    if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if any(getattr(torch.cpu, name, bool)() for name in BF16) else "fp32"
+    able = device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in BF16)
+    return "bf16" if able else "fp32"
+
+
+def _agreed(precision: Precision) -> Precision:
+    """fp32 if it is any process's; all of them meet here."""
+    return "fp32" if "fp32" in gather_object([precision]) else precision
 
 
 def _check_processes(devices: int | None) -> None:

@@ -61,7 +61,7 @@ def uncertain_points(
         num_points: P.
         oversample: so many times P points are looked at.
         share: of the P points that are the least sure of these; the others are new.
-        draw: number of points -> (n,points,2) uniform 0..1.
+        draw: number of points -> (n,points,2) uniform 0..1, a new tensor.
         extent: (n,1,2) share of the map's width and height that shows the image; points are drawn there.
 
     Returns:

@@ -31,7 +31,7 @@ from queryvision.ops.points import binary_entropy, dice, pairwise_mask_cost, sam
 from queryvision.structures import Answer, Facts, Match, Picks, PixelMap, Round, Targets
 
 LARGEST = 2**20
-"""Most numbers in the masks of one image that are matched at once; else stage by stage."""
+"""Numbers in the masks of one image that are matched at once, or one stage's if it has more."""
 
 
 @dataclass

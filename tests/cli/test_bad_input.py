@@ -254,7 +254,7 @@ def test_no_class_in_common(refused: Refused, spoil: Spoil, trained: Path) -> No
         ("model.num_queries=0", "model.num_queries = 0"),
         ("model.dropout=2", "model.dropout = 2"),
         ("heads.labels.loss=foo", "'softmax', 'focal'"),
-        ("train.precision=fp8", "'fp32', 'bf16' or 'fp16'"),
+        ("train.precision=fp8", "'fp32', 'bf16', 'fp16' or 'auto'"),
     ],
 )
 def test_wrong_settings(train: Refused, drawn_once: Path, setting: str, says: str | tuple[str, ...]) -> None:

@@ -506,17 +506,29 @@ def test_two_precisions_in_one_process(drawn_once: Path, tmp_path: Path) -> None
 def test_precision_auto_is_what_the_machine_computes_in(
     call: Call, drawn_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is chosen once: the run's configuration names it, so that the run goes on in it elsewhere."""
-    from queryvision.engine.processes import BF16, chosen_precision
+    """It is chosen once: the run's configuration names it, and the run goes on in it on another machine."""
+    from queryvision.engine.processes import BF16, native_precision
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    if flags:
+        able = "avx512_bf16" in flags or "amx_tile" in flags
+        assert native_precision(torch.device("cpu")) == ("bf16" if able else "fp32")
+    for able, wanted in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda able=able, **given: able)
+        assert native_precision(torch.device("cuda")) == wanted
+    if torch.cuda.is_available():
+        pytest.skip("runs would be on the GPU")
     for able, wanted in ((False, "fp32"), (True, "bf16")):
-        for name in BF16:
-            monkeypatch.setattr(torch.cpu, name, lambda able=able: able, raising=False)
-        assert chosen_precision("auto") == wanted and chosen_precision("fp32") == "fp32"
-        done = call(
-            "train", "--data", drawn_once, *TINY, "--precision", "auto", "--steps", "1", "--output", tmp_path / wanted,
-        )  # fmt: skip
+        told = ("train", "--data", drawn_once, *TINY, "--precision", "auto", "--output", tmp_path / wanted)
+
+        def pretend(able: bool) -> None:
+            for name in BF16:
+                monkeypatch.setattr(torch.cpu, name, lambda: able, raising=False)
+
+        pretend(able)
+        done = call(*told, "--steps", "1")
         assert done.code == 0 and f"precision {wanted} (auto)" in done.out
+        pretend(not able)
+        assert call(*told, "--steps", "2", "--resume").code == 0
         (config,) = (tmp_path / wanted).rglob("config.yaml")
-        assert f"precision: {wanted}\n" in config.read_text()
+        assert f"precision: {wanted}\n" in config.read_text() and "steps: 2\n" in config.read_text()

@@ -81,17 +81,25 @@ def test_attention_starts_like_torch() -> None:
     assert 0.95 * bound < theirs["in_proj_weight"].abs().max() <= bound
 
 
-def test_attention_on_a_cpu_is_computed_in_float32_whatever_the_precision() -> None:
-    """Only what goes in and comes out is rounded."""
+def test_attention_on_a_cpu_is_computed_in_float32_under_bfloat16() -> None:
+    """Only what goes in and comes out is rounded, of values and of gradients."""
     torch.manual_seed(0)
     ours, x = Attention(WIDTH, 4), torch.randn(2, 5, WIDTH)
-    q, k, v = (torch.randn(2, 4, 5, WIDTH // 4, dtype=torch.bfloat16) for _ in range(3))
+    q, k, v = (torch.randn(2, 4, 5, WIDTH // 4, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    look = torch.rand(2, 1, 5, 5) < 0.7
+    look[..., 0] = True
     with torch.autocast("cpu", torch.bfloat16):
-        found = ours._attend(q, k, v, None)
-        out = ours(x, x, x)
+        found = ours._attend(q, k, v, look)
+        out = ours(x, x, x, ~look[:, 0])
+    wanted = nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), look)
     assert found.dtype == out.dtype == torch.bfloat16
-    assert torch.equal(found, nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float()).bfloat16())
-    close(out.float(), ours(x, x, x), 0.03)
+    assert torch.equal(found, wanted.bfloat16())
+    step = torch.randn(found.shape).bfloat16()
+    for mine, theirs in zip(
+        torch.autograd.grad(found, (q, k, v), step), torch.autograd.grad(wanted, (q, k, v), step.float()), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+    close(out.float(), ours(x, x, x, ~look[:, 0]), 0.03)
 
 
 def test_attention_refuses_a_width_that_heads_do_not_divide() -> None:

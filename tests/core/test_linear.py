@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from queryvision.allocation import HAS_THEM, HUGE_PAGES
 from queryvision.layers import linear as module
 from queryvision.layers.linear import SMALL, Linear, linear, quicken
 
@@ -147,7 +148,7 @@ def test_bodies_of_timm_take_part() -> None:
 
 
 FAULTS = """
-import resource
+import os, resource
 from queryvision.allocation import tune_allocation
 done = tune_allocation()
 def faults():
@@ -155,17 +156,19 @@ def faults():
     bytes(bytearray(b"x") * (96 << 20))
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults()
-print(int(done), faults())
+print(int(done), faults(), int(os.environ.get('THP_MEM_ALLOC_ENABLE', -1)))
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
 def test_freed_memory_is_kept_unless_the_environment_decides() -> None:
     """Pages of 96 MB need not be made twice."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD"))}
+    names = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", HUGE_PAGES)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(names)}
     found = []
-    for told in ({}, {"MALLOC_ARENA_MAX": "2"}):
+    for told in ({}, {"MALLOC_ARENA_MAX": "2"}, {HUGE_PAGES: "0"}):
         run = subprocess.run([sys.executable, "-c", FAULTS], env=environment | told, capture_output=True, text=True, check=True)
         found.append([int(number) for number in run.stdout.split()])
-    (kept, few), (left, many) = found
-    assert (kept, left) == (1, 0) and few < many / 10
+    (kept, few, huge), (left, many, untold), (again, _, refused) = found
+    assert (kept, left, again) == (1, 0, 1) and few < many / 10
+    assert (huge, untold, refused) == (1 if HAS_THEM.is_file() else -1, -1, 0)
