@@ -98,9 +98,8 @@ def train(
     else:
         chosen = load_config(task, config, overrides, settings)
         folder = newest_run(chosen) if resume else None
-        if (
-            folder is not None and chosen.train.precision == "auto" and (folder / SETTINGS).is_file()
-        ):  # it was chosen when the run began
+        # what was chosen when the run began stays
+        if chosen.train.precision == "auto" and folder is not None and (folder / SETTINGS).is_file():
             begun = load_config(task, str(folder / SETTINGS))
             chosen = changed(chosen, {"train.precision": begun.train.precision})
     if (chosen.train.devices or 1) > 1 and "WORLD_SIZE" not in os.environ:

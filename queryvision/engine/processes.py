@@ -28,12 +28,12 @@ def make_accelerator(settings: TrainSettings) -> Accelerator:
     _check_processes(settings.devices)
     AcceleratorState._reset_state()  # else the precision of an earlier run in this process would stay
     # Without a GPU, Accelerate joins the processes that torchrun started only if it is told to stay on the CPU.
-    alone_on_cpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available()
-    device = PartialState(cpu=alone_on_cpu).device
+    several_on_cpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available()
+    device = PartialState(cpu=several_on_cpu).device
     precision = _agreed(native_precision(device)) if settings.precision == "auto" else settings.precision
     if precision == "fp16" and device.type == "cpu":
         raise ConfigError("train.precision = 'fp16': needs a GPU; on a CPU use fp32 or bf16")
-    return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=alone_on_cpu)
+    return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=several_on_cpu)
 
 
 def precision_of(accelerator: Accelerator) -> Precision:
