@@ -251,15 +251,15 @@ def data_view(
 ) -> None:
     """Write a grid of annotated samples as they look after augmentation."""
     from queryvision.data.scenes import make_scenes
-    from queryvision.data.skeletons import shared_flip_pairs
+    from queryvision.data.skeletons import flip_orders
     from queryvision.data.transforms import training_transform
     from queryvision.data.view import view
     from queryvision.registry import resolve_task
     from queryvision.splits import open_split
 
     dataset = open_split(resolve_task(task), str(make_scenes()) if path is None else path, split)
-    flip_pairs = shared_flip_pairs(dataset.classes.skeletons)
-    view(dataset, training_transform(augmentation, image_size, flip_pairs), output, count=count, seed=seed)
+    transform = training_transform(augmentation, image_size, flip_orders(dataset.classes.skeletons))
+    view(dataset, transform, output, count=count, seed=seed)
     print(output)
 
 

@@ -140,6 +140,11 @@ class Config(Settings):
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
 
 
+def task_name(name: str) -> str:
+    """One name for a task: several of the package's own are the same in any order, `a+b`; with others the first one leads."""
+    return name if "." in name else "+".join(sorted(name.split("+")))
+
+
 def load_config(
     task: str | None = None,
     config: str | None = None,
@@ -159,9 +164,10 @@ def load_config(
     """
     changes = {key: value for key, value in (overrides or {}).items() if value is not None}
     changes |= dict(parse_setting(text) for text in settings)
+    task = None if task is None else task_name(task)
     path, values = _chosen(task, config, custom=changes.get("data.path") is not None)
     if task is not None:
-        if config is not None and values.get("task", task) != task:
+        if config is not None and task_name(values.get("task", task)) != task:
             raise ConfigError(f"{path}: this configuration is for task '{values['task']}', not '{task}'")
         values["task"] = task
     if "train.steps" in changes and "train.epochs" not in changes:

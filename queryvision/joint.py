@@ -19,7 +19,7 @@ from queryvision.task import Evaluator, HeadSpec, Shareable, Task
 
 
 def join(*tasks: Task) -> Task:
-    """One task out of several: the union of their heads, one pick, all heads' fields, metrics as `<task>/<name>`.
+    """One task out of several: the union of their heads, the first one's pick, all heads' fields, metrics as `<task>/<name>`.
 
     Raises:
         ConfigError: a head of the same name is of another class or has other settings.

@@ -7,6 +7,7 @@ import pkgutil
 from dataclasses import replace
 from pathlib import Path
 
+from queryvision.config import task_name
 from queryvision.errors import ConfigError, nearest
 from queryvision.joint import join
 from queryvision.task import Task
@@ -18,9 +19,13 @@ def resolve_task(name: str) -> Task:
     A task's module holds it as `TASK`. This is the only place where a name becomes a task.
 
     Raises:
-        ConfigError: there is no such task.
+        ConfigError: there is no such task, or it is named twice.
     """
-    return join(*(_resolve_one(part) for part in name.split("+")))
+    names = task_name(name).split("+")
+    twice = next((part for part in names if names.count(part) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"task '{name}': '{twice}' is named twice; once is enough")
+    return join(*(_resolve_one(part) for part in names))
 
 
 def _resolve_one(name: str) -> Task:

@@ -19,7 +19,7 @@ from queryvision.config import Config, changed
 from queryvision.criterion import Criterion
 from queryvision.data.loader import BatchPlan, collate, train_loader
 from queryvision.data.phases import training_phases
-from queryvision.data.skeletons import shared_flip_pairs
+from queryvision.data.skeletons import flip_orders
 from queryvision.data.transforms import evaluation_transform, largest_area
 from queryvision.engine.files import replacing
 from queryvision.engine.memory import images_that_fit
@@ -172,10 +172,12 @@ class Run:
         )
         if self.steps < FEW:
             self.say(f"warning: {self.steps} steps are few, most models need thousands; set --steps or train.min_steps")
-        if self.train_data.num_keypoints and shared_flip_pairs(self.classes.skeletons) is None:
+        skeletons = zip(self.classes.names, self.classes.skeletons, strict=True)
+        unknown = [name for name, skeleton in skeletons if skeleton is not None and skeleton.flip_pairs is None]
+        if self.train_data.num_keypoints and unknown:
             self.say(
-                "warning: no image is mirrored, as keypoints that swap then are not known, or differ between classes; "
-                "give categories 'flip_pairs'"
+                f"warning: no image is mirrored, as it is not known which keypoints of '{unknown[0]}' swap then; "
+                "give its category 'flip_pairs'"
             )
         if self.train_data.max_objects > model.num_queries:
             self.say(
@@ -198,7 +200,7 @@ class Run:
             data.mosaic,
             data.mixup,
             data.copy_blend,
-            shared_flip_pairs(self.classes.skeletons),
+            flip_orders(self.classes.skeletons),
         )
         pin = self.accelerator.device.type == "cuda"
         loader = train_loader(

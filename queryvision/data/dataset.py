@@ -178,7 +178,8 @@ class CocoDataset:
         Read again from the file, so that nothing of it stays in memory.
 
         Returns:
-            A COCO dictionary: `images`, `categories`, and `annotations` with `area` and `iscrowd` filled in where absent.
+            A COCO dictionary: `images`, `categories`, and `annotations` with `area`, `iscrowd` and `bbox` filled in where
+            absent, without keypoints that cannot be read.
             Of panoptic data, `annotations` are COCO-panoptic's, `segments` is a function: image id -> `segment_map`, and
             `folder` is that of the PNG files, where these were published. Of united files it is {"parts": {task: its own}}.
         """
@@ -249,14 +250,17 @@ class CocoDataset:
             raise DataError(f"{self.file}: a segmentation among annotations {ids} cannot be drawn ({error})") from error
 
     def _published(self, raw: list[Any]) -> list[dict[str, Any]]:
-        annotations = []
-        for row, area, crowd in zip(
-            self.objects.rows.tolist(), self.objects.areas.tolist(), self.objects.crowd.tolist(), strict=True
-        ):
+        annotations, found = [], self.objects
+        for i, row in enumerate(found.rows.tolist()):
             entry = dict(raw[row])
             given = entry.get("area")
             good = isinstance(given, int | float) and np.isfinite(given) and given >= 0
-            entry.update(area=given if good else area, iscrowd=int(crowd))
+            entry.update(area=given if good else float(found.areas[i]), iscrowd=int(found.crowd[i]))
+            if entry.get("bbox") is None:  # it was measured
+                left, top, right, bottom = found.boxes[i].tolist()
+                entry["bbox"] = [left, top, right - left, bottom - top]
+            if found.keypoints is not None and not found.keypoints[i].any():  # none is labelled, or they cannot be read
+                entry.pop("keypoints", None)
             annotations.append(entry)
         return annotations
 

@@ -1,11 +1,12 @@
 """Annotations that follow their image: what is left of them once it was cropped, resized or mirrored.
 
-Letters: n objects, r ignore regions, m survivors among both, K keypoints. Numbers count objects first, then ignore regions.
+Letters: n objects, r ignore regions, m survivors among both, C classes, K keypoints. Numbers count objects first, then ignore
+regions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,6 @@ from numpy.typing import NDArray
 from queryvision.data.sample import Annotations
 from queryvision.errors import ConfigError
 
-FlipPairs = Sequence[tuple[int, int]]
 SMALLEST_SIDE = 0.01  # px; an object of which less is left is gone
 
 
@@ -27,7 +27,7 @@ def rebuilt(
     masks: Callable[[NDArray[Any]], NDArray[Any]],
     scale: float,
     size: tuple[int, int],
-    flip_pairs: FlipPairs | None = None,
+    flip_orders: NDArray[Any] | None = None,
 ) -> Annotations:
     """What is known about the new image.
 
@@ -41,10 +41,10 @@ def rebuilt(
         masks: numbers (i,) -> their masks (i,H,W) uint8 in the new image; called only where there are masks.
         scale: by how much areas grew; negative: mirrored.
         size: height, width of the new image.
-        flip_pairs: keypoints (left, right) that change places in a mirrored image; None: not known.
+        flip_orders: (C,K) int64, which keypoint stands in each one's place in a mirrored image; None: not known.
 
     Raises:
-        ConfigError: keypoints were mirrored, but their pairs are not known.
+        ConfigError: keypoints were mirrored, but it is not known which swap.
     """
     n = len(old.labels)
     boxes = np.clip(boxes, 0, [*size[::-1]] * 2).astype(np.float32)
@@ -63,7 +63,7 @@ def rebuilt(
         stuff=None if old.stuff is None else old.stuff[keep],
     )
     if old.keypoints is not None:
-        keypoints, seen = _keypoints(old, points, scale < 0, size, flip_pairs)
+        keypoints, seen = _keypoints(old, points, scale < 0, size, flip_orders)
         new.keypoints, new.has["keypoints"] = keypoints[keep], seen[keep]
     if old.masks is not None:
         new.masks = masks(keep)
@@ -97,7 +97,7 @@ def follow_masks(annotations: Annotations, cut: NDArray[Any]) -> Annotations:
 
 
 def _keypoints(
-    old: Annotations, points: NDArray[Any], mirrored: bool, size: tuple[int, int], flip_pairs: FlipPairs | None
+    old: Annotations, points: NDArray[Any], mirrored: bool, size: tuple[int, int], flip_orders: NDArray[Any] | None
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """(n,K,3) and (n,K) bool; what is unlabelled or outside becomes 0, 0, 0."""
     assert old.keypoints is not None
@@ -105,12 +105,12 @@ def _keypoints(
     keypoints[:, :, :2] = points.reshape(*keypoints.shape[:2], 2)
     has = old.has.get("keypoints", np.ones(keypoints.shape[:2], bool)) & (keypoints[:, :, 2] > 0)
     if mirrored:
-        if flip_pairs is None:
-            raise ConfigError("a step mirrors images with keypoints; give flip_pairs, or leave the step out")
-        order = np.arange(keypoints.shape[1])
-        for left, right in flip_pairs:
-            order[[left, right]] = order[[right, left]]
-        keypoints, has = keypoints[:, order], has[:, order]
+        if flip_orders is None:
+            raise ConfigError("a step mirrors images with keypoints; give flip_orders, or leave the step out")
+        order = np.tile(np.arange(keypoints.shape[1]), (len(keypoints), 1))
+        order[:, : flip_orders.shape[1]] = flip_orders[old.labels]
+        rows = np.arange(len(order))[:, None]
+        keypoints, has = keypoints[rows, order], has[rows, order]
     x, y = keypoints[:, :, 0], keypoints[:, :, 1]
     has = has & (x >= 0) & (y >= 0) & (x <= size[1]) & (y <= size[0])
     keypoints[~has] = 0

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from queryvision.data.follow import FlipPairs
+from numpy.typing import NDArray
+
 from queryvision.data.mixing import Mixer, Read
 from queryvision.data.sample import Sample
 from queryvision.data.transforms import longest_side, strong_transform, training_transform
@@ -43,7 +45,7 @@ def training_phases(
     mosaic: float = 0.0,
     mixup: float = 0.0,
     copy_blend: float = 0.0,
-    flip_pairs: FlipPairs | None = None,
+    flip_orders: NDArray[Any] | None = None,
 ) -> tuple[Augment, FirstPart | None]:
     """What training images go through.
 
@@ -54,7 +56,7 @@ def training_phases(
         mosaic: probability in the first part.
         mixup: the same.
         copy_blend: the same.
-        flip_pairs: see `Transform`.
+        flip_orders: see `Transform`.
 
     Returns:
         The transform of all other batches, and the first part; None where nothing sets it apart.
@@ -62,11 +64,11 @@ def training_phases(
     Raises:
         ConfigError: the name is unknown or the size is not positive.
     """
-    transform = training_transform(augmentation, image_size, flip_pairs)
+    transform = training_transform(augmentation, image_size, flip_orders)
     strong = augmentation == "strong"
-    later = training_transform("flip", image_size, flip_pairs) if strong else transform
+    later = training_transform("flip", image_size, flip_orders) if strong else transform
     if not (strong or mosaic or mixup or copy_blend):
         return later, None
     mixer = Mixer(image_size, longest_side(image_size), mosaic, mixup, copy_blend)
-    whole = strong_transform(image_size, flip_pairs, zoom=False) if strong else transform  # a mosaic is small and cut already
+    whole = strong_transform(image_size, flip_orders, zoom=False) if strong else transform  # a mosaic is small and cut already
     return later, FirstPart(until, mixer, transform, whole)

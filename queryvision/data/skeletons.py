@@ -1,14 +1,17 @@
 """Skeletons: what a class's keypoints are called, how they hang together, and how exactly each can be told.
 
-Letters: K keypoints.
+Letters: C classes, K keypoints.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from queryvision.errors import DataError
 
@@ -102,10 +105,20 @@ def by_name(names: Sequence[str]) -> tuple[tuple[int, int], ...] | None:
     return tuple((place[name], place[name.replace("left", "right")]) for name in lefts)
 
 
-def shared_flip_pairs(skeletons: Iterable[Skeleton | None]) -> tuple[tuple[int, int], ...] | None:
-    """What changes places when an image with all these classes is mirrored; None: not known, or not the same for all."""
-    found = {skeleton.flip_pairs for skeleton in skeletons if skeleton is not None}
-    return next(iter(found)) if len(found) == 1 else None
+def flip_orders(skeletons: Sequence[Skeleton | None]) -> NDArray[Any] | None:
+    """(C,K) int64: which keypoint stands in each one's place in a mirrored image; itself where a class has none.
+
+    None: the pairs of a class are not known.
+    """
+    orders = np.tile(np.arange(max((len(s) for s in skeletons if s is not None), default=0)), (len(skeletons), 1))
+    for order, skeleton in zip(orders, skeletons, strict=True):
+        if skeleton is None:
+            continue
+        if skeleton.flip_pairs is None:
+            return None
+        for left, right in skeleton.flip_pairs:
+            order[[left, right]] = right, left
+    return orders
 
 
 def _sigma(name: str) -> float:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from queryvision.data.albumentations import A
-from queryvision.data.follow import SMALLEST_SIDE, FlipPairs, rebuilt
+from queryvision.data.follow import SMALLEST_SIDE, rebuilt
 from queryvision.data.planes import packed, unpacked
 from queryvision.data.resizing import Flip, RandomCrop, ScaleJitter, ShortSide, resized_size
 from queryvision.data.sample import Annotations, Sample
@@ -38,12 +38,13 @@ class Transform:
 
     Args:
         steps: albumentations transforms; where there are masks, they may only move their pixels, as nearest interpolation does.
-        flip_pairs: keypoints (left, right) that change places in a mirrored image. None: not known, so a sample with
-            keypoints is not flipped (flips that are nested in `A.OneOf` and the like are an error then).
+        flip_orders: (C,K) int64, for each class which keypoint stands in each one's place in a mirrored image, as
+            `skeletons.flip_orders` has it. None: not known, so a sample with keypoints is not flipped (flips that are nested in
+            `A.OneOf` and the like are an error then).
     """
 
-    def __init__(self, steps: Sequence[A.BasicTransform | A.BaseCompose], flip_pairs: FlipPairs | None = None) -> None:
-        self.flip_pairs = None if flip_pairs is None else tuple((int(a), int(b)) for a, b in flip_pairs)
+    def __init__(self, steps: Sequence[A.BasicTransform | A.BaseCompose], flip_orders: NDArray[Any] | None = None) -> None:
+        self.flip_orders = flip_orders
         self._chain = _compose(steps)
         self._unflipped = _compose([step for step in copy.deepcopy(list(steps)) if not isinstance(step, A.HorizontalFlip)])
 
@@ -56,7 +57,7 @@ class Transform:
             shared: of what the images of a batch have in common, see `ShortSide`. None: nothing.
 
         Raises:
-            ConfigError: keypoints were mirrored, but their pairs are not known.
+            ConfigError: keypoints were mirrored, but it is not known which swap.
         """
         old = sample.annotations
         height, width = sample.image.shape[:2]
@@ -66,7 +67,7 @@ class Transform:
         planes = _planes(old, (height, width))
         if len(planes):
             data["masks"] = planes
-        chain = self._chain if old.keypoints is None or self.flip_pairs is not None else self._unflipped
+        chain = self._chain if old.keypoints is None or self.flip_orders is not None else self._unflipped
         # One stream for all steps: `set_random_seed` would give every step the same seed, and so flip and crop together.
         chain.set_random_state(np.random.default_rng(seed), random.Random(seed))
         new = chain(**data)
@@ -79,7 +80,7 @@ class Transform:
         def moved_masks(rows: NDArray[Any]) -> NDArray[Any]:
             return unpacked(np.asarray(new["masks"]), rows) if len(rows) else np.zeros((0, *size), np.uint8)
 
-        found = rebuilt(old, moved[:, 4].astype(np.int64), moved[:, :4], points[3:], moved_masks, scale, size, self.flip_pairs)
+        found = rebuilt(old, moved[:, 4].astype(np.int64), moved[:, :4], points[3:], moved_masks, scale, size, self.flip_orders)
         return replace(sample, image=image, annotations=found)
 
 
@@ -92,7 +93,7 @@ class EvaluationTransform(Transform):
     """
 
     def __init__(self, short: int, longest: int | None) -> None:
-        super().__init__([ShortSide([short], longest, exact=True)], flip_pairs=())
+        super().__init__([ShortSide([short], longest, exact=True)])
         self.short, self.longest = short, longest
 
     def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -100,7 +101,7 @@ class EvaluationTransform(Transform):
         return resized_size(size, self.short, self.longest)
 
 
-def training_transform(name: str, image_size: int, flip_pairs: FlipPairs | None = None) -> Transform:
+def training_transform(name: str, image_size: int, flip_orders: NDArray[Any] | None = None) -> Transform:
     """What training images go through.
 
     Args:
@@ -110,7 +111,7 @@ def training_transform(name: str, image_size: int, flip_pairs: FlipPairs | None 
             half the time, else as "none": resize only.
         image_size: largest short side in px; all of DETR's numbers scale with it (800 as published), and the side of "lsj"
             (1024 at 800).
-        flip_pairs: see `Transform`.
+        flip_orders: see `Transform`.
 
     Raises:
         ConfigError: the name is unknown or the size is not positive.
@@ -123,22 +124,22 @@ def training_transform(name: str, image_size: int, flip_pairs: FlipPairs | None 
             RandomCrop(_scaled(384, image_size), _scaled(600, image_size)),
             ShortSide(sizes, longest),
         ]
-        return Transform([Flip(p=0.5), A.OneOf([ShortSide(sizes, longest), A.Sequential(crop, p=1.0)], p=1.0)], flip_pairs)
+        return Transform([Flip(p=0.5), A.OneOf([ShortSide(sizes, longest), A.Sequential(crop, p=1.0)], p=1.0)], flip_orders)
     if name == "light":
         colour = A.ColorJitter(brightness=(0.8, 1.2), contrast=(0.8, 1.2), saturation=(0.8, 1.2), hue=(-0.02, 0.02), p=0.5)
         crop_some = RandomCrop(0.8, 1.0, relative=True, p=0.5)
-        return Transform([Flip(p=0.5), crop_some, _jitter(image_size), colour], flip_pairs)
+        return Transform([Flip(p=0.5), crop_some, _jitter(image_size), colour], flip_orders)
     if name == "strong":
-        return strong_transform(image_size, flip_pairs)
+        return strong_transform(image_size, flip_orders)
     if name == "lsj":
-        return Transform([Flip(p=0.5), ScaleJitter(_scaled(CANVAS, image_size))], flip_pairs)
+        return Transform([Flip(p=0.5), ScaleJitter(_scaled(CANVAS, image_size))], flip_orders)
     if name in ("flip", "none"):
         flip = [Flip(p=0.5)] if name == "flip" else []
-        return Transform([*flip, ShortSide([image_size], longest)], flip_pairs)
+        return Transform([*flip, ShortSide([image_size], longest)], flip_orders)
     raise ConfigError(f"no augmentation '{name}'; {nearest(name, PRESETS)}")
 
 
-def strong_transform(image_size: int, flip_pairs: FlipPairs | None = None, zoom: bool = True) -> Transform:
+def strong_transform(image_size: int, flip_orders: NDArray[Any] | None = None, zoom: bool = True) -> Transform:
     """Zoom-out, IoU crop, flip, 0.75 to 1.25 times the image size and photometric distortion, as RT-DETR (arXiv 2304.08069).
 
     Colours come last, when the image is small. As published, the images of a batch share their scale; the published recipe
@@ -146,7 +147,7 @@ def strong_transform(image_size: int, flip_pairs: FlipPairs | None = None, zoom:
 
     Args:
         image_size: middle one of the short sides in px.
-        flip_pairs: see `Transform`.
+        flip_orders: see `Transform`.
         zoom: whether there are zoom-out and IoU crop.
 
     Raises:
@@ -154,7 +155,7 @@ def strong_transform(image_size: int, flip_pairs: FlipPairs | None = None, zoom:
     """
     zooming = [ZoomOut(round(ZOOM_BOUND * image_size), p=0.5), IoUCrop(p=0.8)] if zoom else []
     scale = _jitter(image_size, MULTISCALE, framed=True)
-    return Transform([*zooming, Flip(p=0.5), scale, A.Sequential(_photometric(), p=0.5)], flip_pairs)
+    return Transform([*zooming, Flip(p=0.5), scale, A.Sequential(_photometric(), p=0.5)], flip_orders)
 
 
 def evaluation_transform(image_size: int) -> EvaluationTransform:

@@ -42,7 +42,8 @@ class CocoEvaluator:
     Give it every detection, whatever its score: a threshold lowers the average precision.
 
     Args:
-        ground_truth: a COCO dictionary (`images`, `annotations`, `categories`); it is not changed.
+        ground_truth: a COCO dictionary (`images`, `annotations`, `categories`); it is not changed. Where an image lists
+            `covered_category_ids`, detections of other classes there are left out: nobody says whether they are right.
         classes: the classes of the model. They meet the ground truth's categories by name, never by id.
         kind: what is compared.
         backend: "auto" takes `hotcoco` where it is installed, else `pycocotools`; the numbers are the same.
@@ -71,6 +72,8 @@ class CocoEvaluator:
         self.sigmas = sigmas
         self.category_ids = category_ids(classes, ground_truth)
         self._sizes = {row["id"]: (row.get("height"), row.get("width")) for row in ground_truth["images"]}
+        told = ((row["id"], row.get("covered_category_ids")) for row in ground_truth["images"])
+        self._covered: dict[int, list[int]] = {id_: covered for id_, covered in told if covered is not None}
         self._images: dict[int, ImageDetections] = {}
 
     @property
@@ -103,7 +106,7 @@ class CocoEvaluator:
         if found != size:
             shape = "x".join(str(side) for side in found)
             raise DataError(f"image {image_id}: masks are {shape}, the annotations say {size[0]}x{size[1]} (height x width)")
-        self._images[image_id] = _detections(result, self.kind, self.category_ids)
+        self._images[image_id] = _detections(result, self.kind, self.category_ids, self._covered.get(image_id))
 
     def compute(self) -> dict[str, float]:
         """Scores everything that was added; see `evaluate` for the names."""
@@ -156,7 +159,7 @@ def coco_records(result: Result, image_id: int, kind: Kind, ids: Mapping[int, in
     return _rows(image_id, _detections(result, kind, ids), kind)
 
 
-def _detections(result: Result, kind: Kind, ids: Mapping[int, int]) -> ImageDetections:
+def _detections(result: Result, kind: Kind, ids: Mapping[int, int], covered: Sequence[int] | None = None) -> ImageDetections:
     labels, scores = _numpy(result.labels), _numpy(result.scores).astype(np.float64)
     shapes = _numpy(getattr(result, FIELDS[kind]))
     known, finite = np.isin(labels, list(ids)), np.isfinite(scores)
@@ -164,6 +167,8 @@ def _detections(result: Result, kind: Kind, ids: Mapping[int, int]) -> ImageDete
         shapes = shapes.astype(np.float64).reshape(len(shapes), math.prod(shapes.shape[1:]))
         finite &= np.isfinite(shapes).all(axis=1)
     keep = known & finite
+    if covered is not None:
+        keep &= np.isin(labels, [index for index, id_ in ids.items() if id_ in covered])
     shapes = shapes[keep]
     if kind == "bbox":
         shapes = np.concatenate([shapes[:, :2], shapes[:, 2:] - shapes[:, :2]], axis=1)

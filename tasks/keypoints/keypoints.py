@@ -32,7 +32,8 @@ class KeypointHead(Head):
     its own beside the query's (GroupPose, arXiv 2308.07313): proposals give the first points, then each looks around its own
     point and refines it layer by layer. Such points are denoised by drawn similarity (arXiv 2506.13027).
 
-    Keypoints that are not labelled move nothing. Classes with the same skeleton share their outputs, others have their own.
+    Keypoints that are not labelled move no point; only `findable` learns from them, on objects with labelled ones. Classes with
+    the same skeleton share their outputs, others have their own.
 
     Args:
         fit: D, or all that it must fit.
@@ -41,7 +42,8 @@ class KeypointHead(Head):
         oks_cost: weight of 1 - OKS in matching.
         l1: weight of the loss term `l1`.
         oks: weight of the loss term `oks`.
-        findable: weight of the loss term `findable`: whether a keypoint is in the picture at all.
+        findable: weight of the loss term `findable`: whether a keypoint is labelled. 0 where that does not mean that it is in
+            the picture, so that those that are not labelled move nothing at all.
         grouped: each keypoint is a state of its own.
 
     Raises:
@@ -201,12 +203,17 @@ class KeypointHead(Head):
         }
 
     def decode(self, round: Round, picks: Picks, sizes: Tensor) -> dict[str, Tensor]:
-        """{"keypoints": (B,k,K,3)}: x, y in pixels of the original image, probability to be in it; 0 beyond a class's own."""
+        """{"keypoints": (B,k,K,3)}: x, y in pixels of the original image, probability to be in it; 0 beyond a class's own.
+
+        The probability is 1 where `findable` has no weight.
+        """
         answer = round.answers[self.name]
         image = torch.arange(len(sizes), device=sizes.device)[:, None, None]
         queries, rows = picks.queries[..., None], self.rows[picks.classes]
         points = answer["points"][0][image, queries, rows].float() * sizes.flip(-1)[:, None, None].to(self.sigmas)
         sure = answer["findable"][0][image, queries, rows].float().sigmoid()
+        if not self.weights["findable"]:
+            sure = torch.ones_like(sure)
         return {"keypoints": torch.cat((points, sure[..., None]), -1) * self.real[picks.classes][..., None]}
 
 

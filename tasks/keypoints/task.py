@@ -72,7 +72,7 @@ class KeypointEvaluator:
         """{name: value}."""
         found = {skeleton: part.compute() for skeleton, part in self.parts.items()}
         names = dict.fromkeys(name for metrics in found.values() for name in metrics)
-        weights = {skeleton: len(part.ground_truth["categories"]) for skeleton, part in self.parts.items()}
+        weights = {s: sum(name.startswith("AP/") for name in metrics) for s, metrics in found.items()}  # classes with objects
         whole = {name: _mean([(m.get(name, math.nan), weights[s]) for s, m in found.items()]) for name in names}
         boxes = {f"box_{name}": value for name, value in self.boxes.compute().items() if "/" not in name}
         return {**{n: v for n, v in whole.items() if "/" not in n}, **boxes, **whole}

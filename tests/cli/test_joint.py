@@ -13,6 +13,8 @@ from tiny import Call
 import queryvision
 from queryvision.config import load_config
 from queryvision.data.scene_sprites import KEYPOINTS
+from queryvision.errors import ConfigError
+from queryvision.registry import resolve_task
 
 TASK = "instance+keypoints"
 
@@ -58,6 +60,15 @@ def test_a_union_without_a_preset_takes_those_of_its_parts() -> None:
     alone = load_config("detection")
     assert config.task == "detection+keypoints" and config.model == alone.model and config.train == alone.train
     assert config.heads == {**load_config("keypoints").heads, **alone.heads}
+
+
+def test_the_order_of_tasks_does_not_matter() -> None:
+    assert load_config("keypoints+instance") == load_config(TASK)
+    assert resolve_task("keypoints+instance").pick is resolve_task(TASK).pick
+    with pytest.raises(ConfigError, match="'keypoints' is named twice"):
+        resolve_task("keypoints+instance+keypoints")
+    with pytest.raises(ConfigError, match="no task 'keypionts'; did you mean 'keypoints'"):
+        resolve_task("instance+keypionts")
 
 
 def test_data_view_and_trace_know_joint_tasks(drawn_once: Path, tmp_path: Path, call: Call) -> None:

@@ -47,6 +47,16 @@ def test_from_training_to_pictures(grouped: bool, scenes: Path, tmp_path: Path, 
     assert result.classes.skeletons[0] is not None and result.classes.skeletons[0].names == KEYPOINTS
 
 
+def test_a_class_with_unknown_pairs_is_named(scenes: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for file in (scenes / "annotations").glob("person_keypoints_*.json"):
+        content = json.loads(file.read_text())
+        content["categories"].append({"id": 99, "name": "hand", "keypoints": ["wrist", "thumb"]})
+        file.write_text(json.dumps(content))
+    trained(scenes, tmp_path / "runs")
+    told = [line for line in capfd.readouterr().out.splitlines() if "mirrored" in line]
+    assert len(told) == 1 and told[0].startswith("warning: ") and "'hand'" in told[0] and "flip_pairs" in told[0]
+
+
 def test_data_without_keypoints_says_so(scenes: Path, tmp_path: Path, call: Call) -> None:
     for file in (scenes / "annotations").glob("instances_*.json"):
         (tmp_path / "data" / "annotations").mkdir(parents=True, exist_ok=True)

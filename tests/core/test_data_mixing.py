@@ -74,7 +74,7 @@ def run(operation: str, seed: int, samples: list[Sample]) -> Sample:
     if operation in ("mixup", "copy_blend"):
         return getattr(mixing, operation)(samples[0], samples[1], rng)
     step = {"zoom": [ZoomOut(200, p=1)], "crop": [IoUCrop(p=1)]}.get(operation)
-    return (Transform(step) if step else strong_transform(100, flip_pairs=()))(samples[0], seed)
+    return (Transform(step) if step else strong_transform(100, flip_orders=np.tile(np.arange(3), (3, 1))))(samples[0], seed)
 
 
 def bounds(mask: np.ndarray) -> list[int]:

@@ -19,6 +19,7 @@ from queryvision.data.follow import select
 from queryvision.data.planes import packed, unpacked
 from queryvision.data.resizing import Flip, RandomCrop, ScaleJitter, ShortSide, resize_image, resized_size
 from queryvision.data.sample import Annotations, Sample
+from queryvision.data.skeletons import Skeleton, flip_orders
 from queryvision.data.transforms import (
     PRESETS,
     EvaluationTransform,
@@ -29,7 +30,7 @@ from queryvision.data.transforms import (
 )
 from queryvision.errors import ConfigError
 
-PAIRS = [(0, 1)]
+ORDERS = np.tile([1, 0, 2], (9, 1))  # the first two of three keypoints swap, in all nine classes
 
 
 def sample(seed: int = 0, n: int = 4, height: int = 60, width: int = 80, everything: bool = True) -> Sample:
@@ -82,7 +83,7 @@ def same(a: Sample, b: Sample) -> None:
 @given(st.integers(0, 10_000), st.integers(0, 5))
 @settings(max_examples=25, deadline=None)
 def test_flipping_twice_changes_nothing(seed: int, n: int) -> None:
-    flip, before = Transform([Flip(p=1)], PAIRS), sample(seed, n)
+    flip, before = Transform([Flip(p=1)], ORDERS), sample(seed, n)
     once = flip(before, 1)
     same(before, flip(once, 2))
     np.testing.assert_array_equal(once.image, before.image[:, ::-1])
@@ -94,7 +95,7 @@ def test_flipping_twice_changes_nothing(seed: int, n: int) -> None:
 
 def test_flip_swaps_left_and_right_keypoints() -> None:
     before = sample()
-    after = Transform([Flip(p=1)], PAIRS)(before, 0).annotations
+    after = Transform([Flip(p=1)], ORDERS)(before, 0).annotations
     old = before.annotations.keypoints
     assert old is not None and after.keypoints is not None
     np.testing.assert_allclose(after.keypoints[:, 0, 0], 80 - old[:, 1, 0], atol=1e-4)  # the right one is now the left one
@@ -102,12 +103,34 @@ def test_flip_swaps_left_and_right_keypoints() -> None:
     assert not after.keypoints[:, 2].any() and not after.has["keypoints"][:, 2].any()  # unlabelled stays 0, 0, 0
 
 
+def test_each_object_swaps_by_its_own_class() -> None:
+    person = Skeleton.from_category({"keypoints": ["left_eye", "right_eye", "nose"]})
+    hand = Skeleton.from_category({"keypoints": ["wrist", "thumb"], "flip_pairs": []})
+    bird = Skeleton.from_category({"keypoints": ["left_wing", "beak", "right_wing"]})
+    orders, before = flip_orders([person, None, hand, bird]), sample()
+    before.annotations.labels[:] = [3, 0, 2, 1]
+    points = before.annotations.keypoints = np.random.default_rng(0).integers(1, 60, (4, 3, 3)).astype(np.float32)
+    points[:, :, 2] = [[1, 2, 1], [2, 1, 1], [1, 2, 0], [0, 0, 0]]
+    points[points[:, :, 2] == 0] = 0
+    before.annotations.has["keypoints"] = points[:, :, 2] > 0
+    flip = Transform([Flip(p=1)], orders)
+    after = flip(before, 0)
+    found = after.annotations.keypoints
+    assert found is not None
+    for row, order in enumerate(([2, 1, 0], [1, 0, 2], [0, 1, 2], [0, 1, 2])):
+        wanted = points[row, order]
+        wanted[:, 0] = np.where(wanted[:, 2] > 0, 80 - wanted[:, 0], 0)
+        np.testing.assert_allclose(found[row], wanted, atol=1e-4)
+    np.testing.assert_array_equal(after.annotations.has["keypoints"], found[:, :, 2] > 0)
+    same(before, flip(after, 0))
+
+
 def test_no_flip_while_pairs_are_unknown() -> None:
     before = sample()
     same(before, Transform([Flip(p=1)])(before, 0))
     boxes_only = sample(everything=False)
     assert (Transform([Flip(p=1)])(boxes_only, 0).image == boxes_only.image[:, ::-1]).all()
-    with pytest.raises(ConfigError, match="flip_pairs"):
+    with pytest.raises(ConfigError, match="flip_orders"):
         Transform([A.OneOf([A.HorizontalFlip(p=1)], p=1)])(before, 0)
 
 
@@ -121,7 +144,7 @@ def test_scale_jitter_has_its_canvas_where_eight_hundred_is_evaluated() -> None:
 @settings(max_examples=60, deadline=None)
 def test_everything_stays_in_step(seed: int, name: str, n: int) -> None:
     before = sample(seed, n, height=60 + seed % 50)
-    transform = training_transform(name, 96, PAIRS)
+    transform = training_transform(name, 96, ORDERS)
     after = transform(before, seed)
     found, (height, width) = after.annotations, after.image.shape[:2]
     assert found.masks is not None and found.keypoints is not None and found.ignore_masks is not None
@@ -297,7 +320,7 @@ def test_masks_take_little_memory() -> None:
 
 def test_more_masks_than_opencv_has_channels() -> None:
     many = sample(n=600)
-    after = Transform([Flip(p=1), RandomCrop(50, 50), ShortSide([40])], PAIRS)(many, 3).annotations
+    after = Transform([Flip(p=1), RandomCrop(50, 50), ShortSide([40])], ORDERS)(many, 3).annotations
     assert after.masks is not None and len(after.masks) == len(after.labels) > 100
 
 
@@ -319,7 +342,7 @@ def test_unknown_names_and_sizes() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_largest_size_is_reached(name: str) -> None:
     """A batch size that fits was tried with images of that size."""
-    before, transform = sample(0), training_transform(name, 100, PAIRS)
+    before, transform = sample(0), training_transform(name, 100, ORDERS)
     sizes = {transform(before, seed).image.shape[:2] for seed in range(80)}
     largest = largest_area(name, 100, (60, 80))
     if name in ("strong", "lsj", "flip", "none"):

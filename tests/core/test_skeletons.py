@@ -10,7 +10,7 @@ import pytest
 
 from queryvision.data.classes import ClassMap
 from queryvision.data.scenes import CATEGORIES
-from queryvision.data.skeletons import Skeleton, by_name, shared_flip_pairs
+from queryvision.data.skeletons import Skeleton, by_name, flip_orders
 from queryvision.errors import ConfigError, DataError
 
 FACE = {"id": 1, "name": "face", "keypoints": ["left_eye", "right_eye", "mouth"], "skeleton": [[1, 3], [2, 3], [1, 9]]}
@@ -85,7 +85,12 @@ def test_union_takes_the_skeleton_that_one_side_knows_and_refuses_two() -> None:
         face.union(other)
 
 
-def test_classes_that_swap_differently_are_not_mirrored() -> None:
+def test_each_class_swaps_its_own_keypoints() -> None:
     face, hand = Skeleton.from_category(FACE), Skeleton.from_category({"keypoints": ["thumb"], "flip_pairs": []})
-    assert shared_flip_pairs([face, None]) == ((0, 1),)
-    assert shared_flip_pairs([face, hand]) is None and shared_flip_pairs([None]) is None
+    orders = flip_orders([hand, face, None])
+    assert orders is not None and orders.tolist() == [[0, 1, 2], [1, 0, 2], [0, 1, 2]]
+    names = ["left_eye", "right_eye", "left_ear", "right_ear"]
+    lists = ([[0, 1], [2, 3]], [[3, 2], [0, 1]])  # the same pairs
+    orders = flip_orders([Skeleton.from_category({"keypoints": names, "flip_pairs": pairs}) for pairs in lists])
+    assert orders is not None and orders.tolist() == [[1, 0, 3, 2]] * 2
+    assert flip_orders([face, Skeleton.from_category({"keypoints": ["thumb"]})]) is None

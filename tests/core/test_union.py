@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from queryvision.data.resizing import Flip
 from queryvision.data.scenes import make_scenes
+from queryvision.data.skeletons import flip_orders
+from queryvision.data.transforms import Transform
 from queryvision.errors import DataError
 from queryvision.registry import resolve_task
 from queryvision.splits import open_split
@@ -79,6 +82,21 @@ def test_what_two_files_say_about_an_object_is_one_object(tmp_path: Path) -> Non
     assert not one.has["keypoints"][one.ids.tolist().index(9)].any()
     assert five.covers is not None and five.covers.tolist() == [True, False]  # nobody looked for dogs here
     assert five.has["keypoints"].tolist() == [[True, False]] and not five.has["masks"].any()
+
+
+def test_mirrored_objects_of_several_files_swap_by_their_own_class(tmp_path: Path) -> None:
+    dog = {**DOG, "id": 0, "keypoints": ["left_ear", "nose", "right_ear"]}  # the files' classes change places
+    things, posed = objects(), people()
+    things["categories"][0] = dog
+    for thing in things["annotations"]:
+        thing["category_id"] = thing["category_id"] % 3
+    posed["categories"] = [PERSON | {"keypoints": ["left_foot", "right_foot"]}, dog]
+    posed["annotations"].append(row(4, 1, 0, [10, 10, 20, 20], keypoints=[11, 12, 2, 13, 14, 2, 0, 0, 0], num_keypoints=2))
+    data = open_split(JOINT, written(tmp_path, things, posed), "train")
+    before = data.read(data.image_ids.tolist().index(1))
+    after = Transform([Flip(p=1)], flip_orders(data.classes.skeletons))(before, 0).annotations
+    found = dict(zip(after.ids.tolist(), np.asarray(after.keypoints).tolist(), strict=True))
+    assert found[8] == [[50, 28, 1], [52, 12, 2], [0, 0, 0]] and found[9] == [[0, 0, 0], [51, 14, 2], [53, 12, 2]]
 
 
 def test_each_task_is_measured_on_its_own_annotations(tmp_path: Path) -> None:

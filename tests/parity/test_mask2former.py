@@ -140,11 +140,11 @@ def test_every_layer(padded: bool) -> None:
     assert 0.05 < (found > 0).float().mean() < 0.95 and found.std(2).mean() > 0.1, "masks must differ, and hide something"
     for stage, auxiliary in enumerate(wanted.auxiliary_logits):
         torch.testing.assert_close(
-            round.answers["labels"]["logits"][stage], auxiliary["class_queries_logits"], atol=1e-4, rtol=1e-4
+            round.answers["labels"]["logits"][stage], auxiliary["class_queries_logits"], atol=1e-4, rtol=0
         )
-        torch.testing.assert_close(found[stage], auxiliary["masks_queries_logits"], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(round.answers["labels"]["logits"][-1], wanted.class_queries_logits, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(found[-1], wanted.masks_queries_logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found[stage], auxiliary["masks_queries_logits"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(round.answers["labels"]["logits"][-1], wanted.class_queries_logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found[-1], wanted.masks_queries_logits, atol=1e-4, rtol=0)
 
 
 def targets_for(images: ImageBatch) -> Targets:

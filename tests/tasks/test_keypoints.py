@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from samples import targets_of
 from torch import Tensor
 
@@ -33,89 +35,93 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def targets() -> Targets:
+def targets(dtype: torch.dtype = torch.float32) -> Targets:
     """Two images of 80 x 120; a face with a hidden mouth, a thing without keypoints, a hand; a face with nothing labelled."""
     found = targets_of([[0, 1, 2], [0]], num_classes=3)
-    points = torch.rand(2, 3, 3, 3, generator=generator(1))
+    points = torch.rand(2, 3, 3, 3, generator=generator(1), dtype=dtype)
     seen = torch.zeros(2, 3, 3, dtype=torch.bool)
     seen[0, 0] = torch.tensor([True, True, False])
     seen[0, 2] = torch.tensor([True, True, False])
     points[..., 2] = 2.0 * seen
-    found.values |= {"keypoints": points * seen[..., None], "areas": torch.full((2, 3), 400.0)}
+    found.values |= {"keypoints": points * seen[..., None], "areas": torch.full((2, 3), 400.0, dtype=dtype)}
     found.has["keypoints"] = seen
     found.num_with["keypoints"] = (2, 0)
     return replace(found, sizes=torch.tensor([[80, 120], [80, 120]]))
 
 
-def rounds(head: KeypointHead) -> Round:
-    points = torch.rand(2, 2, 4, head.num_points, 2, generator=generator(2), requires_grad=True)
-    findable = torch.randn(2, 2, 4, head.num_points, generator=generator(3), requires_grad=True)
+def rounds(head: KeypointHead, dtype: torch.dtype = torch.float32) -> Round:
+    points = torch.rand(2, 2, 4, head.num_points, 2, generator=generator(2), dtype=dtype, requires_grad=True)
+    findable = torch.randn(2, 2, 4, head.num_points, generator=generator(3), dtype=dtype, requires_grad=True)
     stages = (Stage("layer", 0), Stage("layer", 1, last=True))
     return Round("main", stages, {"keypoints": {"points": points, "findable": findable}}, {}, {})
 
 
-def test_similarity_is_that_of_pycocotools() -> None:
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    draw = np.random.default_rng(0)
-    truth = np.concatenate([draw.uniform(0, 100, (3, 2)), [[2], [0], [1]]], 1)
-    found = draw.uniform(-8, 8, (3, 2)) + truth[:, :2]
+def coco_similarity(found: np.ndarray, truth: np.ndarray, area: float, sigmas: tuple[float, ...]) -> float:
+    """pycocotools' own similarity of keypoints (K,2) and labelled ones (K,3), in pixels."""
     gt = COCO()
-    row = {"id": 1, "image_id": 1, "category_id": 1, "iscrowd": 0, "area": 900.0, "bbox": [0, 0, 50, 50], "num_keypoints": 2}
+    row = {"id": 1, "image_id": 1, "category_id": 1, "iscrowd": 0, "area": area, "bbox": [0, 0, 50, 50], "num_keypoints": 2}
     gt.dataset = {
         "images": [{"id": 1}],
         "categories": [{"id": 1, "name": "face"}],
         "annotations": [{**row, "keypoints": truth.ravel().tolist()}],
     }
     gt.createIndex()
-    points = np.concatenate([found, np.ones((3, 1))], 1).ravel().tolist()
+    points = np.concatenate([found, np.ones((len(found), 1))], 1).ravel().tolist()
     scoring = COCOeval(gt, gt.loadRes([{"image_id": 1, "category_id": 1, "keypoints": points, "score": 1.0}]), "keypoints")
-    scoring.params.kpt_oks_sigmas = np.array(FACE.sigmas)
+    scoring.params.kpt_oks_sigmas = np.array(sigmas)
     scoring._prepare()
-    wanted = scoring.computeOks(1, 1)[0, 0]
-    ours = keypoint_similarity(
-        torch.tensor(found), torch.tensor(truth[:, :2]), torch.tensor(truth[:, 2] > 0), torch.tensor(FACE.sigmas).double(),
-        torch.tensor(900.0).double(),
-    )  # fmt: skip
-    assert ours.item() == pytest.approx(wanted, abs=1e-6)
+    return float(scoring.computeOks(1, 1)[0, 0])
 
 
-def plain(head: KeypointHead, round: Round, found: Targets, s: int, b: int, q: int, t: int) -> tuple[float, float]:
-    """L1 sum and OKS of a pair, keypoint by keypoint in pixels."""
+def test_similarity_is_that_of_pycocotools() -> None:
+    draw = np.random.default_rng(0)
+    for _ in range(5):
+        truth = np.concatenate([draw.uniform(0, 100, (3, 2)), [[2], [0], [1]]], 1)
+        found = draw.uniform(-8, 8, (3, 2)) + truth[:, :2]
+        ours = keypoint_similarity(
+            torch.tensor(found), torch.tensor(truth[:, :2]), torch.tensor(truth[:, 2] > 0),
+            torch.tensor(FACE.sigmas).double(), torch.tensor(900.0).double(),
+        )  # fmt: skip
+        assert ours.item() == pytest.approx(coco_similarity(found, truth, 900.0, FACE.sigmas), abs=1e-6)
+
+
+def plain(round: Round, found: Targets, s: int, b: int, q: int, t: int) -> tuple[float, float]:
+    """L1 sum of a pair, and pycocotools' similarity."""
     label = int(found["labels"][b, t])
-    first = 0 if label == 0 else 3
     skeleton = SKELETONS[label]
     assert skeleton is not None
-    distance, likes = 0.0, []
-    for k, sigma in enumerate(skeleton.sigmas):
-        if found.has["keypoints"][b, t, k]:
-            x, y = round.answers["keypoints"]["points"][s, b, q, first + k].tolist()
-            u, v = found["keypoints"][b, t, k, :2].tolist()
-            distance += abs(x - u) + abs(y - v)
-            d2 = ((x - u) * 120) ** 2 + ((y - v) * 80) ** 2
-            likes.append(np.exp(-d2 / (2 * 400.0 * (2 * sigma) ** 2)))
-    return distance, float(np.mean(likes))
+    first = 0 if label == 0 else 3
+    points = round.answers["keypoints"]["points"][s, b, q, first : first + len(skeleton)].detach().numpy()
+    truth = found["keypoints"][b, t, : len(skeleton)].numpy()
+    seen = found.has["keypoints"][b, t, : len(skeleton)].numpy()
+    pixels = np.array([120, 80])
+    truth_pixels = np.concatenate([truth[:, :2] * pixels, 2.0 * seen[:, None]], 1)
+    alike = coco_similarity(points * pixels, truth_pixels, 400.0, skeleton.sigmas)
+    return float((np.abs(points - truth[:, :2]).sum(1) * seen).sum()), alike
 
 
 def test_cost_and_loss_are_those_of_every_pair() -> None:
-    head, found = KeypointHead(8, SKELETONS, l1_cost=3.0, oks_cost=2.0), targets()
-    round = rounds(head)
+    head, found = KeypointHead(8, SKELETONS, l1_cost=3.0, oks_cost=2.0), targets(torch.float64)
+    round = rounds(head, torch.float64)
     cost = head.cost(round, found, None)
     for s, q, t in ((0, 1, 0), (1, 3, 2), (1, 0, 0)):
-        distance, oks = plain(head, round, found, s, 0, q, t)
-        assert cost[s, 0, q, t].item() == pytest.approx(3 * distance + 2 * (1 - oks), abs=1e-5)
+        distance, oks = plain(round, found, s, 0, q, t)
+        assert cost[s, 0, q, t].item() == pytest.approx(3 * distance + 2 * (1 - oks), abs=1e-6)
     assert not cost[:, 0, :, 1].any() and not cost[:, 1].any()  # nothing labelled: no opinion
     index = torch.tensor
     match = Match(index([0, 1, 1, 1]), index([0, 0, 0, 1]), index([1, 3, 2, 0]), index([0, 2, 1, 0]), 2, (3, 1))
     terms = head.loss(round, match, found, Facts(2.0, torch.ones(4), torch.ones(4, dtype=torch.bool), None))
     for s, q, t in ((0, 1, 0), (1, 3, 2)):
-        distance, oks = plain(head, round, found, s, 0, q, t)
-        assert terms["l1"][s].item() == pytest.approx(distance / 2, abs=1e-5)
-        assert terms["oks"][s].item() == pytest.approx((1 - oks) / 2, abs=1e-5)
+        distance, oks = plain(round, found, s, 0, q, t)
+        assert terms["l1"][s].item() == pytest.approx(distance / 2, abs=1e-6)
+        assert terms["oks"][s].item() == pytest.approx((1 - oks) / 2, abs=1e-6)
+        logits = round.answers["keypoints"]["findable"].detach()[s, 0, q, slice(0, 3) if t == 0 else slice(3, 5)]
+        there = torch.tensor([1.0, 1.0, 0.0] if t == 0 else [1.0, 1.0]).double()
+        right = torch.where(there > 0, logits, -logits).sigmoid()
+        assert terms["findable"][s].item() == pytest.approx(float(-right.log().mean()) / 2, abs=1e-6)
     quality, known = head.quality(round, match, found)
     assert known.tolist() == [True, True, False, False]
-    assert quality[0].item() == pytest.approx(plain(head, round, found, 0, 0, 1, 0)[1], abs=1e-5)
+    assert quality[0].item() == pytest.approx(plain(round, found, 0, 0, 1, 0)[1], abs=1e-6)
     sum(term.sum() for term in terms.values()).backward()
     moved = round.answers["keypoints"]["points"].grad
     assert moved is not None
@@ -140,7 +146,7 @@ def test_without_anchors_points_are_told_from_the_box_just_answered() -> None:
     answers = [head(View(state, answers={"boxes": {"boxes": boxes}})) for boxes in (box, twice)]
     assert alone is not None and answers[0] is not None and answers[1] is not None
     once, wide = (answer["points"] - box[..., None, :2] for answer in answers)
-    assert torch.allclose(2 * once, wide) and once.any() and not torch.equal(alone["points"], answers[0]["points"])
+    assert torch.allclose(2 * once, wide, atol=1e-6) and once.any() and not torch.equal(alone["points"], answers[0]["points"])
     assert torch.autograd.grad(answers[0]["points"].sum(), box, allow_unused=True) == (None,)  # the box is not pulled
 
 
@@ -154,6 +160,8 @@ def test_results_have_the_keypoints_of_their_class() -> None:
     assert torch.allclose(got[0, 0, :, :2], points[0, 2, :3] * torch.tensor([100.0, 50.0]))
     assert torch.allclose(got[0, 1, :2, :2], points[0, 1, 3:] * torch.tensor([100.0, 50.0]))
     assert not got[0, 1, 2].any() and not got[1, 0].any()
+    untold = KeypointHead(8, SKELETONS, findable=0.0).decode(final, picks, torch.tensor([[50, 100], [60, 60]]))["keypoints"]
+    assert (untold[0, 0, :, 2] == 1).all() and not untold[0, 1, 2].any()
 
 
 def test_a_head_needs_a_skeleton() -> None:
@@ -217,6 +225,11 @@ def test_evaluator_scores_each_skeleton_with_its_own_sigmas() -> None:
     assert metrics["AP"] == pytest.approx(0.5) and metrics["AP/face"] == pytest.approx(1.0)
     assert metrics["AP/hand"] == pytest.approx(0.0) and "box_AP" in metrics
     assert {len(row["keypoints"]) for row in evaluator.records} == {9, 6}
+    absent = {**categories[0], "id": 4, "name": "statue"}  # nothing of it here: the mean is that over face and hand
+    more = ClassMap.from_categories([*categories, absent])
+    evaluator = KeypointEvaluator({**truth, "categories": [*categories, absent]}, more, "auto")
+    evaluator.add(7, result_of(more, [(0, face), (2, hand + torch.tensor([30.0, 0, 0]))], (60, 60)))
+    assert evaluator.compute()["AP"] == pytest.approx(0.5)
     with pytest.raises(DataError, match="not the model's"):
         KeypointEvaluator({**truth, "categories": [{**categories[0], "keypoints": ["a", "b", "c"]}]}, classes, "auto")
     with pytest.raises(DataError, match="no category has keypoints"):
