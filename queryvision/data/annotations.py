@@ -66,6 +66,11 @@ class _Check:
     def column(self, key: str) -> list[Any]:
         return [item.get(key) for item in self.items]
 
+    def size(self, i: int) -> tuple[int, int]:
+        """Height and width of the image of an annotation that has one."""
+        height, width = self.images.sizes[self.image[i]]
+        return int(height), int(width)
+
     def note(self, bad: NDArray[Any], kind: str, say: Callable[[int], str] | None = None, kept: bool = True) -> None:
         for i in np.flatnonzero(bad & self.alive):
             id_ = int(self.ids[i]) if self.has_id[i] else None
@@ -158,8 +163,11 @@ def _labels(check: _Check, classes: ClassMap) -> NDArray[Any]:
 
 
 def _boxes(check: _Check) -> tuple[NDArray[Any], NDArray[Any]]:
-    """(a,4) float32 x1 y1 x2 y2 inside the image, and (a,4) float64 x y w h as published."""
+    """(a,4) float32 x1 y1 x2 y2 inside the image, and (a,4) float64 x y w h as published, or else measured."""
     raw = check.column("bbox")
+    for i, item in enumerate(check.items):
+        if raw[i] is None and check.alive[i] and item.get("segmentation"):
+            raw[i] = segmentation.measure(item["segmentation"], check.size(i))
     published, readable = numbers(raw, 4)
     check.drop(~readable, "malformed bbox", lambda i: f"bbox {str(raw[i])[:80]} is not 4 numbers")
     check.drop(~np.isfinite(published).all(1), "bbox not finite", lambda i: f"bbox {raw[i]} is not finite")
@@ -220,22 +228,31 @@ def _keypoints(check: _Check, labels: NDArray[Any], num_keypoints: Sequence[int]
             raise DataError(f"{check.file}: keypoints are needed, but no category names its 'keypoints'")
         wanted = np.full(len(classes), next(iter(lengths)) // 3)
     given = np.array([len(value) if isinstance(value, list) else -1 for value in raw], np.int64)
-    check.drop(
-        (given != 0) & (given != 3 * wanted[labels]),
-        "wrong keypoint count",
-        lambda i: f"{given[i]} keypoint numbers; '{classes.names[labels[i]]}' has {wanted[labels[i]]} keypoints x 3",
-    )
-    values, readable = keypoint_rows(raw, np.where(check.alive, given // 3, 0), int(wanted.max()))
-    check.drop(~readable, "malformed keypoints", lambda i: "keypoints are not finite x, y, visibility (0, 1 or 2)")
+    right = given == 3 * wanted[labels]
+
+    def say(i: int) -> str:
+        found = f"{given[i]} keypoint numbers" if given[i] >= 0 else f"keypoints {str(raw[i])[:80]}"
+        return f"{found} left out; '{classes.names[labels[i]]}' has {wanted[labels[i]]} keypoints x 3"
+
+    check.note(~right & (given != 0), "wrong keypoint count", say)
+    values, readable = keypoint_rows(raw, np.where(check.alive & right, given // 3, 0), int(wanted.max()))
+    wrong = "keypoints left out, which are not finite x, y, visibility (0, 1 or 2)"
+    check.note(~readable, "malformed keypoints", lambda i: wrong)
     return values
 
 
 def _segments(check: _Check) -> list[bytes]:
-    raw = check.column("segmentation")
-    sizes = [(int(h), int(w)) for h, w in check.images.sizes[check.image]] if len(check.images.sizes) else []
-    flaws = [segmentation.flaw(s, sizes[i]) if s and check.alive[i] else None for i, s in enumerate(raw)]
-    check.drop(np.array([f is not None for f in flaws], bool), "malformed segmentation", lambda i: str(flaws[i]))
-    return [json.dumps(s if s and check.alive[i] else None).encode() for i, s in enumerate(raw)]
+    texts: list[bytes] = []
+    flaws: list[str | None] = []
+    for i, published in enumerate(check.column("segmentation")):
+        good, flaw = segmentation.sound(published, check.size(i)) if published and check.alive[i] else (None, None)
+        texts.append(json.dumps(good).encode())
+        flaws.append(flaw)
+    flawed = np.array([flaw is not None for flaw in flaws], bool)
+    nothing = np.array([text == b"null" for text in texts], bool)
+    check.drop(flawed & nothing, "malformed segmentation", lambda i: str(flaws[i]))
+    check.note(flawed, "malformed polygon", lambda i: str(flaws[i]))
+    return texts
 
 
 def _extras(check: _Check, keys: Sequence[str]) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:

@@ -261,6 +261,8 @@ class CocoDataset:
                 entry["bbox"] = [left, top, right - left, bottom - top]
             if found.keypoints is not None and not found.keypoints[i].any():  # none is labelled, or they cannot be read
                 entry.pop("keypoints", None)
+            if found.segments is not None:  # without polygons that evaluators choke on
+                entry["segmentation"] = found.segment(i)
             annotations.append(entry)
         return annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,10 +147,12 @@ BAD = [
     (annotation(77, image_id=11), "unknown image"),
     (annotation(77, iscrowd=2), "malformed iscrowd"),
     (annotation(1), "duplicate annotation id"),
-    (annotation(77, keypoints=[1, 2, 2]), "wrong keypoint count"),
-    (annotation(77, category_id=3, keypoints=[1, 2, 2]), "wrong keypoint count"),
-    (annotation(77, keypoints=[1, 2, 2, 1, 2, 5]), "malformed keypoints"),
+    (annotation(77, bbox="absent", segmentation=[[1, 2, 3, 4]]), "malformed bbox"),
+    (annotation(77, bbox=[1, 2, 3], segmentation=[[1, 2, 9, 2, 9, 9]]), "malformed bbox"),
     (annotation(77, segmentation=[[1, 2, 3, 4]]), "malformed segmentation"),
+    (annotation(77, segmentation=[[1, 2, 9, 2, 1e8, 9]]), "malformed segmentation"),
+    (annotation(77, segmentation=[["1", "2", "9", "2", "9", "9"]]), "malformed segmentation"),
+    (annotation(77, segmentation=[[[1, 2], [9, 2], [9, 9], [8, 9], [7, 9], [6, 9]]]), "malformed segmentation"),
     (annotation(77, segmentation={"size": [40, 30], "counts": "abc"}), "malformed segmentation"),
     (annotation(77, segmentation={"size": [30, 40], "counts": [3, 4]}), "malformed segmentation"),
     (annotation("x"), "no integer id"),
@@ -173,6 +176,103 @@ def test_bad_annotations_are_dropped_and_named(tmp_path: Path, bad: Any, kind: s
     assert not check(tmp_path, needs).ok
     with pytest.raises(DataError, match="qv data check"):
         open_dataset(tmp_path, "train", needs, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"keypoints": [1, 2, 2]}, "wrong keypoint count"),
+        ({"keypoints": "1 2 2 1 2 2"}, "wrong keypoint count"),
+        ({"keypoints": [1, 2, 2], "category_id": 3}, "wrong keypoint count"),  # of a class without any
+        ({"keypoints": [1, 2, 2, 1, 2, 5]}, "malformed keypoints"),
+        ({"keypoints": [1, math.nan, 2, 1, 2, 2]}, "malformed keypoints"),
+    ],
+)
+def test_objects_with_bad_keypoints_are_unlabelled(tmp_path: Path, changes: dict[str, Any], kind: str) -> None:
+    rows = [annotation(1, keypoints=[5, 6, 2, 7, 8, 1]), annotation(77, **changes)]
+    dataset = opened(tmp_path, *rows, needs=("keypoints",), strict=True)
+    found = dataset.read(0).annotations
+    assert found.ids.tolist() == [1, 77] and found.keypoints is not None and not found.keypoints[1].any()
+    assert found.has["keypoints"].tolist() == [[True, True], [False, False]]
+    (problem,) = dataset.problems
+    assert (problem.annotation_id, problem.kept, problem.kind) == (77, True, kind) and "left out" in str(problem)
+
+
+def test_missing_boxes_are_measured(tmp_path: Path) -> None:
+    inside = np.zeros((30, 40), np.uint8)
+    inside[4:9, 6:16] = 1
+    runs = coco_mask.encode(np.asfortranarray(inside))
+    counts = np.diff([0, *(np.flatnonzero(np.diff(inside.T.ravel())) + 1), inside.size]).tolist()
+    forms = [
+        [[6, 4, 10.5, 4, 10.5, 9], [12, 5, 16, 5, 16, 8], [1, 2, 3, 4]],
+        {"size": [30, 40], "counts": runs["counts"].decode()},
+        {"size": [30, 40], "counts": counts},
+    ]
+    rows = [annotation(i, bbox=("absent", None)[i % 2], area="absent", segmentation=form) for i, form in enumerate(forms)]
+    for needs in ((), ("masks",)):
+        dataset = opened(tmp_path, *rows, needs=needs)
+        np.testing.assert_array_equal(dataset.objects.boxes, [[6, 4, 16, 9]] * 3)
+        assert dataset.objects.areas.tolist() == [50] * 3
+        assert [p.kind for p in dataset.problems] == ["malformed polygon"] * len(needs)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ([1, 2, 30, 20], "without 3 or more"),  # pycocotools takes it for a box
+        ([1, 2, 3, 4, 5], "without 3 or more"),
+        (None, "without 3 or more"),
+        ([1, 2, 3, 4, 5, None], "no number"),
+        ([1, 2, 3, 4, 5, math.nan], "not finite"),
+        ([1, 2, 3, 4, 5, math.inf], "not finite"),
+        ([1, 2, 3, 4, 5, -(2**63)], "far outside"),
+        ([1, 2, 3, 4, -5e8, 4], "-5e\\+08, far outside of an image 40 wide and 30 high"),
+    ],
+)
+def test_good_polygons_outlive_bad_ones(tmp_path: Path, bad: Any, message: str) -> None:
+    good = [[6, 4, 16, 4, 16, 9, 6, 9], [20, 5, 30, 5, 30, 15, 20, 15]]
+    dataset = opened(tmp_path, annotation(segmentation=[good[0], bad, good[1]]), needs=("masks",), strict=True)
+    assert dataset.objects.segment(0) == good
+    found = dataset.read(0).annotations
+    assert found.masks is not None and found.masks.sum() == 150
+    (problem,) = dataset.problems
+    assert problem.kept and problem.kind == "malformed polygon"
+    assert re.search(f"1 of 3 polygons left out: polygon .*{message}", str(problem))
+
+
+def test_evaluators_get_what_can_be_read(tmp_path: Path) -> None:
+    good = [6, 4, 16, 4, 16, 9, 6, 9]
+    row = annotation(bbox=None, segmentation=[good, [1, 2, 3, 4, -5e8, 4]], keypoints=[1, 2, 2])
+    (found,) = opened(tmp_path, row, needs=("masks", "keypoints")).ground_truth()["annotations"]
+    assert found["bbox"] == [6, 4, 10, 5] and found["segmentation"] == [good] and "keypoints" not in found
+
+
+def test_polygons_may_reach_beyond_the_image(tmp_path: Path) -> None:
+    dataset = opened(tmp_path, annotation(segmentation=[[-300, 5, 300, 5, 300, 15, -300, 15]]), needs=("masks",))
+    assert not dataset.problems and dataset.read(0).annotations.masks.sum() == 400  # type: ignore[union-attr]
+
+
+def test_compressed_run_lengths_are_checked(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    masks = [(draw.random((30, 40)) < share).astype(np.uint8) for share in (0, 0.02, 0.5, 0.98, 1)]
+    texts = [coco_mask.encode(np.asfortranarray(mask))["counts"].decode() for mask in masks]
+    rows = [annotation(i, segmentation={"size": [30, 40], "counts": text}) for i, text in enumerate(texts)]
+    dataset = opened(tmp_path, *rows, needs=("masks",))
+    np.testing.assert_array_equal(dataset.read(0).annotations.masks, masks)
+    damaged = [
+        "",
+        "abc",
+        "O1",
+        "h55i0\0",
+        "h5é",
+        "\ud800",
+        "oooooooooooooo0",
+        *(texts[1][:end] for end in range(1, len(texts[1]))),
+    ]
+    rows = [annotation(i, segmentation={"size": [30, 40], "counts": text}) for i, text in enumerate([texts[1], *damaged])]
+    dataset = opened(tmp_path, *rows, needs=("masks",))
+    assert dataset.objects.ids.tolist() == [0]
+    assert {p.kind for p in dataset.problems} == {"malformed segmentation"} and len(dataset.problems) == len(damaged)
 
 
 def test_boxes_over_the_edge_are_clipped(tmp_path: Path) -> None:
