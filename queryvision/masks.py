@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from queryvision.ops.boxes import tight_boxes
+
 
 class MaskSource(Protocol):
     """What every kind of masks offers; `masks[keep]` are those of some objects."""
@@ -31,6 +33,9 @@ class MaskSource(Protocol):
 
     def build(self) -> Tensor:
         """All masks, (k,H,W) bool."""
+
+    def boxes(self) -> Tensor:
+        """Boxes around them (x1, y1, x2, y2), (k,4) float32 px: the first pixel and one past the last, 0 if empty."""
 
     def cpu(self) -> Self:
         """The same on the host."""
@@ -80,6 +85,10 @@ class Masks:
         parts = [logits > 0 for logits in self.full_logits()]
         return torch.cat(parts) if parts else torch.zeros(0, *self.size, dtype=torch.bool, device=self.pixels.device)
 
+    def boxes(self) -> Tensor:
+        """Boxes around what `build` would give, (k,4) float32; there are never more than a few masks."""
+        return torch.cat([tight_boxes(logits > 0) for logits in self.full_logits()])
+
 
 @dataclass(frozen=True)
 class SegmentMasks:
@@ -116,6 +125,10 @@ class SegmentMasks:
     def build(self) -> Tensor:
         """All masks, (k,H,W) bool."""
         return self.map == self.numbers[:, None, None]
+
+    def boxes(self) -> Tensor:
+        """Boxes around the segments, (k,4) float32; there are never more than a few masks."""
+        return torch.cat([tight_boxes(self.map == few[:, None, None]) for few in torch.split(self.numbers, 8)])
 
 
 def enlarged(maps: Tensor, extent: tuple[float, float], size: tuple[int, int]) -> Tensor:

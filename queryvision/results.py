@@ -14,7 +14,8 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from queryvision.data.classes import ClassMap
-from queryvision.masks import MaskSource
+from queryvision.masks import MaskSource, SegmentMasks
+from queryvision.ops.boxes import tight_boxes
 
 
 @dataclass
@@ -35,11 +36,14 @@ class Result:
         return len(self.scores)
 
     def __getattr__(self, name: str) -> Tensor:
-        """A field of `values`: `result.boxes` ...; masks are built now, (k,H,W) bool."""
+        """A field of `values`: `result.boxes` ...; masks are built now, (k,H,W) bool; without boxes they give those."""
         values: Mapping[str, Tensor | MaskSource] = self.__dict__.get("values", {})
         if name in values:
             value = values[name]
             return value if isinstance(value, Tensor) else value.build()
+        if name == "boxes" and "masks" in values:
+            masks = values["masks"]
+            return tight_boxes(masks) if isinstance(masks, Tensor) else masks.boxes()
         raise AttributeError(f"this result holds {['scores', 'labels', 'names', *values]}, no '{name}'")
 
     @property
@@ -62,12 +66,20 @@ class Result:
         """Greedy and whatever the classes: of two boxes with an IoU above `most` the lower score goes. Without boxes: all stay.
 
         A DETR that is trained to the end gives no duplicates; this is a remedy for one that is not, and costs objects that
-        truly overlap.
+        truly overlap. Segments of one map, which share no pixel, all stay.
         """
-        if "boxes" not in self.values or most >= 1:
+        if most >= 1 or not self._has_boxes:
             return self
         whole = None if self.whole is None else self.whole.without_overlaps(most)
-        return replace(self._only(nms(self.boxes.float(), self.scores.float(), most)), whole=whole)
+        if isinstance(self.values.get("masks"), SegmentMasks):
+            return replace(self, whole=whole)
+        boxes = self.boxes
+        found = replace(self, values={**self.values, "boxes": boxes}, whole=whole)
+        return found._only(nms(boxes.float(), self.scores.float(), most))
+
+    @property
+    def _has_boxes(self) -> bool:
+        return "boxes" in self.values or "masks" in self.values
 
     def _only(self, keep: Tensor) -> Result:
         values = {name: value[keep] for name, value in self.values.items()}
@@ -83,7 +95,7 @@ class Result:
             import supervision
         except ImportError as error:
             raise ImportError("to_supervision() needs the package: pip install supervision") from error
-        if "boxes" not in self.values:
+        if not self._has_boxes:
             raise AttributeError(f"supervision needs boxes; this result holds {list(self.values)}")
         return supervision.Detections(
             xyxy=self.boxes.cpu().numpy(),

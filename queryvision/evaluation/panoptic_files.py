@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from queryvision.data.classes import ClassMap, Color
+from queryvision.data.coco_colors import colors_of
 from queryvision.data.images import read_image
 from queryvision.inference.drawing import segment_colors
 from queryvision.masks import SegmentMasks
@@ -89,7 +90,7 @@ def write_panoptic(folder: Path, results: Mapping[str, Result], classes: ClassMa
         write_ids(pictures / name, np.array([0, *(segment["id"] for segment in segments)])[rows])
         images.append({"id": image_id, "file_name": result.path or name, "height": height, "width": width})
         annotations.append({"image_id": image_id, "file_name": name, "segments_info": segments})
-    kinds = zip(classes.ids, classes.names, classes.things, classes.colors, strict=True)
+    kinds = zip(classes.ids, classes.names, classes.things, colors_of(classes), strict=True)
     categories = [
         {"id": id_, "name": name, "isthing": int(thing), **({"color": list(color)} if color else {})}
         for id_, name, thing, color in kinds

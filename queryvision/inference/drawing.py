@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from queryvision.data.classes import ClassMap, Color
+from queryvision.data.coco_colors import colors_of
 
 GRAY: Color = (160, 160, 160)
 SHADES = (0.8191725, 0.6710436, 0.5497005)  # powers of 1 / 1.2207441: spread any number of points evenly over a cube
@@ -34,12 +35,12 @@ def segment_colors(labels: Sequence[int], classes: ClassMap, reach: int = 40) ->
 
     Args:
         labels: class index of each segment.
-        classes: who is a thing (stuff gets the colour of its class first), and the colours of categories that have one, as
-            COCO's panoptic categories do.
+        classes: who is a thing (stuff gets the colour of its class first), and the colours of categories (`colors_of`).
         reach: most that a shade differs from the colour of the class, in each channel.
     """
     colors, taken = [(0, 0, 0)] * len(labels), {(0, 0, 0)}
-    shades = {label: _shades(classes.colors[label] or color_of(label), reach) for label in labels}
+    own = colors_of(classes)
+    shades = {label: _shades(own[label] or color_of(label), reach) for label in labels}
     for index in sorted(range(len(labels)), key=lambda i: classes.things[labels[i]]):
         colors[index] = next(color for color in shades[labels[index]] if color not in taken)
         taken.add(colors[index])

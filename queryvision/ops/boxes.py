@@ -95,11 +95,17 @@ def mask_boxes(masks: Tensor, extents: Tensor) -> Tensor:
     Returns:
         (...,4) float32, 0..1 of the unpadded image; all 0 where a mask is empty.
     """
-    x1, x2 = _ends(masks.any(-2))
-    y1, y2 = _ends(masks.any(-1))
-    boxes = torch.stack((x1, y1, x2, y2), -1)
+    boxes = tight_boxes(masks)
     scale = torch.cat((extents, extents), -1)
     return (boxes / scale.view(*extents.shape[:-1], *[1] * (boxes.ndim - scale.ndim), 4)).clamp(0, 1)
+
+
+def tight_boxes(masks: Tensor) -> Tensor:
+    """Masks (...,h,w) bool -> boxes (x1, y1, x2, y2), (...,4) float32: the first pixel and one past the last, 0 if empty."""
+    bits = masks.view(torch.uint8)  # `any` takes ten times as long on a CPU
+    x1, x2 = _ends(bits.amax(-2).bool())
+    y1, y2 = _ends(bits.amax(-1).bool())
+    return torch.stack((x1, y1, x2, y2), -1)
 
 
 def _ends(line: Tensor) -> tuple[Tensor, Tensor]:

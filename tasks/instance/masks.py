@@ -168,7 +168,8 @@ class MaskHead(Head):
         canvas: Canvas = view.context
         if view.stage.kind == "proposal":
             logits = torch.einsum("bqe,behw->bqhw", embedding, canvas.pixels.map.detach())
-            return Feedback(anchors=xyxy_to_cxcywh(mask_boxes(logits > 0, canvas.pixels.extents)))
+            inside = (logits > 0) & canvas.shown[:, None]  # nothing teaches padding to be outside
+            return Feedback(anchors=xyxy_to_cxcywh(mask_boxes(inside, canvas.pixels.extents)))
         level = view.stage.looks_at
         if level is None or not canvas.levels:
             return Feedback()
@@ -305,14 +306,8 @@ class MaskHead(Head):
         return embedding, across, down
 
     def decode(self, round: Round, picks: Picks, sizes: Tensor) -> Mapping[str, Tensor | Sequence[MaskSource]]:
-        """{"masks": B x `Masks`}, and "boxes" (B,k,4) around them, to the cell, where no other head has any."""
-        masks = self.masks_of(round, picks.queries, sizes)
-        if "boxes" in round.answers:
-            return {"masks": masks}
-        extents = self._canvas(round).pixels.extents
-        corners = [mask_boxes(m.logits() > 0, extents[i]) for i, m in enumerate(masks)]
-        scale = sizes.flip(-1).repeat(1, 2)[:, None].to(corners[0])
-        return {"masks": masks, "boxes": torch.stack(corners) * scale}
+        """{"masks": B x `Masks`}; where no other head has boxes a result makes them of these."""
+        return {"masks": self.masks_of(round, picks.queries, sizes)}
 
 
 def axis_prior(places: Tensor, weights: Tensor, around: Tensor, axis: int) -> Tensor:

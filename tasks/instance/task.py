@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -60,6 +61,7 @@ class InstanceEvaluator:
 
     def add(self, image_id: int, result: Result) -> None:
         """Takes the whole result of one image, without a threshold."""
+        result = replace(result, values={name: getattr(result, name) for name in result.values})  # masks are built once
         self.masks.add(image_id, result)
         self.boxes.add(image_id, result)
 

@@ -13,12 +13,15 @@ from panopticapi.evaluation import PQStat, pq_compute_single_core
 from PIL import Image
 
 from queryvision.data.classes import ClassMap
+from queryvision.data.coco_classes import COCO_NAMES, COCO_STUFF
+from queryvision.data.coco_colors import COCO_COLORS
 from queryvision.errors import ConfigError, DataError
 from queryvision.evaluation.panoptic import PanopticEvaluator
 from queryvision.evaluation.panoptic_files import read_ids, write_ids, write_panoptic
 from queryvision.inference.drawing import draw_segments, segment_colors
 from queryvision.masks import Masks, SegmentMasks
 from queryvision.results import Result
+from queryvision.weights.reading import class_map, dense_class_map
 
 CATEGORIES = [
     {"id": 3, "name": "cat", "isthing": 1},
@@ -341,6 +344,29 @@ def test_colors_of_the_categories_are_drawn_and_kept():
     colors = segment_colors([1, 0, 1, 2], classes)
     assert colors[:2] == [(220, 20, 60), (70, 130, 180)] and colors[2] != colors[0]
     assert colors[3] == segment_colors([2], ClassMap((1, 2, 3), ("a", "b", "c"), (True,) * 3))[0]
+
+
+def test_coco_is_drawn_in_its_own_colors(tmp_path):
+    names = {1: "person", 149: "road", 187: "sky-other-merged", 200: "rug-merged"}
+    colors = [(220, 20, 60), (128, 64, 128), (70, 130, 180), (250, 141, 255)]
+    subset = ClassMap(tuple(names), tuple(names.values()), (True, False, False, False))
+    assert list(COCO_COLORS) == [*COCO_NAMES.values(), *COCO_STUFF.values()] and len(set(COCO_COLORS.values())) == 133
+    for classes in (subset, class_map(250), dense_class_map(133)):
+        labels = [classes.index_of_name[name] for name in names.values()]
+        found = segment_colors([labels[0], *labels], classes)
+        assert [found[0], *found[2:]] == colors
+        assert 0 < np.abs(np.array(found[1]) - found[0]).max() <= 40, "persons are told apart"
+
+    own = ClassMap.from_categories([{"id": 1, "name": "person", "color": [1, 2, 3]}, {"id": 149, "name": "road"}])
+    assert segment_colors([0, 1], own) == [(1, 2, 3), (128, 64, 128)]
+    other = ClassMap((1, 2), ("person", "lane"), (True, False))
+    assert segment_colors([0, 1], other) == segment_colors([0, 1], ClassMap((1, 2), ("a", "b"), (True, False)))
+
+    masks = SegmentMasks(torch.tensor([1, 2]), torch.tensor([[1, 1, 2]], dtype=torch.int32))
+    write_panoptic(tmp_path, {"a": Result(torch.ones(2), torch.tensor([0, 2]), subset, (1, 3), {"masks": masks})}, subset)
+    content = json.loads((tmp_path / "panoptic.json").read_text())
+    assert [tuple(row["color"]) for row in content["categories"]] == colors
+    assert np.array(Image.open(tmp_path / "panoptic" / "a.png")).tolist() == [[[220, 20, 60]] * 2 + [[70, 130, 180]]]
 
 
 def test_drawing_names_segments_inside_of_them():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -11,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from queryvision.criterion import Criterion
+from queryvision.data.classes import ClassMap
+from queryvision.engine.evaluation import results_of
 from queryvision.errors import ConfigError
-from queryvision.head import Fit, Scene, Steering
+from queryvision.head import Fit, Scene, Steering, View
 from queryvision.layers.deformable import DeformableAttention
 from queryvision.masks import Masks, SegmentMasks
 from queryvision.model import builders
@@ -20,7 +23,7 @@ from queryvision.model.deformable_encoder import DeformableEncoderLayer
 from queryvision.model.query_model import QueryModel
 from queryvision.ops.boxes import mask_boxes
 from queryvision.ops.points import pairwise_mask_cost, sample_bits, sample_maps, uncertain_points
-from queryvision.structures import Facts, ImageBatch, Match, Memory, Picks, PixelMap, Round, Stage, Targets
+from queryvision.structures import Facts, ImageBatch, Match, Memory, PixelMap, Round, Stage, Targets
 from queryvision.tasks.detection import LabelHead
 from queryvision.tasks.instance import TASK, MaskHead
 from queryvision.tasks.instance import masks as masks_module
@@ -284,6 +287,28 @@ def test_boxes_around_masks() -> None:
     assert not boxes[0, 1].any()
 
 
+def test_first_anchors_are_those_of_the_image_alone() -> None:
+    """Whatever the masks say of padding, whose cells no loss looks at."""
+    head = MaskHead(Fit(8, pixels=8))
+    sizes = torch.tensor([[40, 56], [30, 45]])  # the last cells show part of the image
+    maps = torch.full((2, 8, 10, 14), -1.0)
+    maps[:, :, 2:5, 3:9] = 1.0
+    maps[1, :, 8:], maps[1, :, :, 12:] = 50.0, 50.0  # padding
+    embedding = torch.rand(2, 5, 8, generator=generator(2)) + 0.1
+
+    def anchors(rows: slice, height: int, width: int) -> Tensor:
+        canvas = Canvas(PixelMap(maps[rows, :, :height, :width], sizes[rows].flip(-1) / 4, 4), [])
+        view = View(torch.zeros(0), stage=Stage("proposal"), context=canvas)
+        found = head.feedback({"embedding": embedding[rows]}, view).anchors
+        assert found is not None
+        return found
+
+    both = anchors(slice(0, 2), 10, 14)
+    assert torch.equal(both[0], anchors(slice(0, 1), 10, 14)[0])
+    assert torch.equal(both[1], anchors(slice(1, 2), 8, 12)[0])
+    torch.testing.assert_close(both[1, 0], torch.tensor([24 / 45, 14 / 30, 24 / 45, 12 / 30]))
+
+
 # ---------------------------------------------------------------------------------------------------- masks of a result
 def test_masks_are_built_for_what_is_kept_and_as_large_as_the_picture() -> None:
     pixels = torch.randn(8, 10, 14, generator=generator())
@@ -302,6 +327,23 @@ def test_segments_are_counted_over_those_that_are_kept() -> None:
     assert segments.rows().tolist() == [[0, 1, 2], [2, 1, 0]]
     assert segments[torch.tensor([False, True])].rows().tolist() == [[0, 0, 1], [1, 0, 0]]
     assert segments.build()[0].tolist() == [[False, True, False], [False, True, False]]
+
+
+def edges(mask: Tensor) -> list[float]:
+    """x1, y1, x2, y2 of a mask (H,W) bool; 0 of an empty one."""
+    ys, xs = mask.nonzero().T
+    return [float(v) for v in (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)] if len(xs) else [0.0] * 4
+
+
+def test_boxes_of_masks_and_segments_are_those_of_their_pixels() -> None:
+    masks = Masks(torch.randn(20, 8, generator=generator(1)), blobs(1, 8, 10, 14)[0].float() - 0.6, (9.3, 13.5), (77, 115))
+    masks.embeddings[3] = 0.0  # an empty one
+    assert masks.boxes().tolist() == [edges(mask) for mask in masks.build()]
+    assert masks[torch.zeros(20, dtype=torch.bool)].boxes().shape == (0, 4)
+    numbers = torch.arange(12) * 2 + 1
+    segments = SegmentMasks(numbers, torch.randint(0, 20, (9, 7), generator=generator(3), dtype=torch.int32))
+    assert segments.boxes().tolist() == [edges(mask) for mask in segments.build()]
+    assert segments[torch.zeros(12, dtype=torch.bool)].boxes().shape == (0, 4)
 
 
 # ---------------------------------------------------------------------------------------------------- whole models
@@ -355,6 +397,8 @@ def test_mask_dino_starts_from_the_boxes_of_its_first_masks() -> None:
     model.denoising = None
     proposals, layers = model(images).rounds
     masks = torch.einsum("bqe,behw->bqhw", proposals.answers["masks"]["embedding"][0], proposals.contexts["masks"].pixels.map)
+    masks = masks.detach()
+    masks[1, :, 20:], masks[1, :, :, 25:] = -1.0, -1.0  # padding
     corners = mask_boxes(masks > 0, proposals.contexts["masks"].pixels.extents)
     first = layers.answers["boxes"]["boxes"][0]
     assert layers.stages[0].kind == "initial" and len(layers.stages) == 3
@@ -388,15 +432,40 @@ def test_mask_dino_norms_twice_what_classes_and_masks_come_from() -> None:
         anchors = (boxes(x) + bounded).sigmoid()
 
 
-def test_boxes_come_from_masks_where_no_head_has_any() -> None:
+@torch.no_grad()
+def test_boxes_come_from_masks_where_no_head_has_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the pixel, and no mask is built at full size but those whose boxes are read."""
+    full, counts = masks_module.Masks.full_logits, list[int]()
+
+    def counted(self: Masks, *given: int) -> Iterator[Tensor]:
+        for part in full(self, *given):
+            counts.append(len(part))
+            yield part
+
+    monkeypatch.setattr(Masks, "full_logits", counted)
     model, (images, _) = model_of("mask2former_small").eval(), batch()
-    round = model(replace(images, padded=False, sizes=torch.tensor([[96, 130]] * 2))).final()
-    picks = Picks(torch.tensor([[3, 0], [1, 2]]), torch.zeros(2, 2, dtype=torch.long), torch.ones(2, 2))
-    values = model.heads.heads()["masks"].decode(round, picks, torch.tensor([[192, 260]] * 2))
-    built = values["masks"][0].build()[0]
-    ys, xs = built.nonzero().T
-    box = values["boxes"][0, 0].tolist()
-    assert box == pytest.approx([int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1], abs=9)
+    sizes, classes = torch.tensor([[192, 261], [160, 200]]), ClassMap((1, 2, 3, 4), ("a", "b", "c", "d"), (True,) * 4)
+    results = results_of(model, TASK, classes, images, sizes, 12, ["", ""])
+    kept = [result.above(float(result.scores[9])) for result in results]
+    assert counts == [] and [len(result) for result in kept] == [10, 10]
+    boxes = [result.boxes for result in kept]
+    assert counts == [8, 2, 8, 2]
+    for result, found in zip(kept, boxes, strict=True):
+        assert found.tolist() == [edges(mask) for mask in result.masks]
+    fewer = results[0].without_overlaps(0.3)
+    assert 0 < len(fewer) < 12 and fewer.boxes.tolist() == [edges(mask) for mask in fewer.masks]
+
+    truth = {
+        "images": [{"id": 7, "height": 192, "width": 261}],
+        "categories": [{"id": id_, "name": name} for id_, name in zip(classes.ids, classes.names, strict=True)],
+        "annotations": [],
+    }
+    evaluator = TASK.evaluator(truth, classes, "auto")
+    counts.clear()
+    evaluator.add(7, kept[0])
+    assert counts == [8, 2], "masks are built once for both metrics"
+    x, y, w, h = evaluator.boxes.records[0]["bbox"]
+    assert [x, y, x + w, y + h] == boxes[0][0].tolist()
 
 
 def test_recomputing_changes_no_number() -> None:

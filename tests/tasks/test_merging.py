@@ -1,5 +1,7 @@
 """Merging of masks against naive copies of the published rules, pixel by pixel, and their properties."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -198,6 +200,24 @@ def test_with_a_temperature_classes_and_scores_are_sharpened_as_in_mask_dino(see
     assert found.scores.tolist() == pytest.approx([score for *_, score, _ in expected])
     kinds = enlarge(torch.einsum("qc,qhw->chw", sharp, logits.sigmoid())).argmax(0)
     assert (found.maps["semantic"] == kinds).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("given", [{}, {"boxes": torch.tensor([[0.0, 0, 8, 8]] * 2)}])
+def test_segments_whose_boxes_overlap_all_stay(given):
+    """Sky beside a road that winds: of two boxes around nearly everything none is too many; of raw masks one is."""
+    logits = torch.full((2, 8, 8), -8.0)
+    logits[0, :, :4] = logits[0, 7] = 9
+    logits[1] = -logits[0]
+    logits[1, 0, 0] = 5  # below what the sky says there
+    values = {**given, "masks": masks_of(logits, (8, 8))}
+    result = Result(torch.tensor([0.95, 0.9]), torch.tensor([2, 3]), CLASSES, (8, 8), values)
+    assert len(result.without_overlaps(0.3)) == 1
+    merged = replace(merge(result), whole=result)
+    found = merged.without_overlaps(0.3)
+    assert found.labels.tolist() == [2, 3] and torch.equal(found.masks, merged.masks)
+    assert len(found.whole) == 1
+    if not given:
+        assert merged.boxes.tolist() == [[0, 0, 8, 8], [4, 0, 8, 7]]
 
 
 def test_more_masks_than_a_chunk_and_ties_go_to_the_first():
