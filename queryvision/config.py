@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
 
 from queryvision.errors import ConfigError, nearest
 from queryvision.settings_file import parse_setting, read_settings
@@ -138,6 +138,11 @@ class Config(Settings):
     data: DataSettings = Field(default_factory=DataSettings)
     train: TrainSettings = Field(default_factory=TrainSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+
+    @field_validator("task")
+    @classmethod
+    def _one_name(cls, name: str) -> str:
+        return task_name(name)
 
 
 def task_name(name: str) -> str:

@@ -172,12 +172,12 @@ class Run:
         )
         if self.steps < FEW:
             self.say(f"warning: {self.steps} steps are few, most models need thousands; set --steps or train.min_steps")
-        skeletons = zip(self.classes.names, self.classes.skeletons, strict=True)
-        unknown = [name for name, skeleton in skeletons if skeleton is not None and skeleton.flip_pairs is None]
-        if self.train_data.num_keypoints and unknown:
+        skeletons = self.classes.skeletons
+        if self.train_data.num_keypoints and flip_orders(skeletons) is None:
+            index = next((i for i, s in enumerate(skeletons) if s is not None and s.flip_pairs is None), 0)
             self.say(
-                f"warning: no image is mirrored, as it is not known which keypoints of '{unknown[0]}' swap then; "
-                "give its category 'flip_pairs'"
+                "warning: no image is mirrored, as it is not known which keypoints of "
+                f"'{self.classes.names[index]}' swap then; give its category 'flip_pairs'"
             )
         if self.train_data.max_objects > model.num_queries:
             self.say(

@@ -21,6 +21,8 @@ from queryvision.data.packed import ImageTable, Objects, pack
 from queryvision.errors import DataError
 
 BUILT_IN = ("labels", "boxes", "areas", "masks", "keypoints")
+INCOMPLETE = ("wrong keypoint count", "malformed keypoints", "malformed polygon")
+"""What an object is kept without, so that something is lost of it."""
 OVERSHOOT = 1.0  # px; published boxes are rounded, so that a little over the edge is no news
 
 

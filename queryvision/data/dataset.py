@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from queryvision.data import layout
-from queryvision.data.annotations import Problem
+from queryvision.data.annotations import INCOMPLETE, Problem
 from queryvision.data.classes import ClassMap
 from queryvision.data.coco_file import IMAGE_PROBLEMS, load
 from queryvision.data.follow import select
@@ -179,7 +179,7 @@ class CocoDataset:
 
         Returns:
             A COCO dictionary: `images`, `categories`, and `annotations` with `area`, `iscrowd` and `bbox` filled in where
-            absent, without keypoints that cannot be read.
+            absent, without keypoints and polygons that cannot be read.
             Of panoptic data, `annotations` are COCO-panoptic's, `segments` is a function: image id -> `segment_map`, and
             `folder` is that of the PNG files, where these were published. Of united files it is {"parts": {task: its own}}.
         """
@@ -232,8 +232,15 @@ class CocoDataset:
             kinds = ", ".join(f"{count} {kind}" for kind, count in dropped.most_common())
             share = f"{sum(dropped.values())} of {self.num_annotations} annotations dropped"
             lines.append(f"{share}: {kinds}; `qv data check {self.root}` lists them")
-        for key in self.objects.has:
-            if len(self.objects.ids) and not self.objects.has[key].any():
+        parts = Counter(p.kind for p in self.problems if p.kept and p.kind in INCOMPLETE)
+        if parts:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in parts.most_common())
+            lines.append(f"left out of annotations: {kinds}; `qv data check {self.root}` lists them")
+        has = {key: value.any() for key, value in self.objects.has.items()}
+        if self.objects.keypoints is not None:
+            has["keypoints"] = self.objects.keypoints.any()
+        for key, some in has.items():
+            if len(self.objects.ids) and not some:
                 lines.append(f"no annotation has {key}, so nothing is learned about them")
         return f"{self.file}: {'. '.join(lines)}" if lines else None
 
@@ -251,6 +258,7 @@ class CocoDataset:
 
     def _published(self, raw: list[Any]) -> list[dict[str, Any]]:
         annotations, found = [], self.objects
+        flawed = {p.annotation_id for p in self.problems if p.kind == "malformed polygon"}  # evaluators choke on them
         for i, row in enumerate(found.rows.tolist()):
             entry = dict(raw[row])
             given = entry.get("area")
@@ -259,9 +267,10 @@ class CocoDataset:
             if entry.get("bbox") is None:  # it was measured
                 left, top, right, bottom = found.boxes[i].tolist()
                 entry["bbox"] = [left, top, right - left, bottom - top]
-            if found.keypoints is not None and not found.keypoints[i].any():  # none is labelled, or they cannot be read
-                entry.pop("keypoints", None)
-            if found.segments is not None:  # without polygons that evaluators choke on
+            if entry.get("keypoints") and found.keypoints is not None and not found.keypoints[i].any():
+                skeleton = self.classes.skeletons[found.labels[i]]
+                entry.update(keypoints=[0] * 3 * len(skeleton or ()), num_keypoints=0)  # perhaps they cannot be read
+            if entry["id"] in flawed:
                 entry["segmentation"] = found.segment(i)
             annotations.append(entry)
         return annotations

@@ -108,7 +108,8 @@ def _keypoints(
         if flip_orders is None:
             raise ConfigError("a step mirrors images with keypoints; give flip_orders, or leave the step out")
         order = np.tile(np.arange(keypoints.shape[1]), (len(keypoints), 1))
-        order[:, : flip_orders.shape[1]] = flip_orders[old.labels]
+        width = min(order.shape[1], flip_orders.shape[1])
+        order[:, :width] = flip_orders[old.labels, :width]
         rows = np.arange(len(order))[:, None]
         keypoints, has = keypoints[rows, order], has[rows, order]
     x, y = keypoints[:, :, 0], keypoints[:, :, 1]

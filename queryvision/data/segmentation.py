@@ -69,14 +69,15 @@ def _run_flaw(runs: dict[str, Any], size: tuple[int, int]) -> str | None:
     if runs.get("size") != list(size):
         return f"run lengths of size {runs.get('size')}, image {list(size)}"
     counts = runs.get("counts")
-    if isinstance(counts, str):
-        counts = _counts(counts)
-    if not isinstance(counts, list) or not all(isinstance(c, int) and c >= 0 for c in counts):
+    found = _counts(counts) if isinstance(counts, str) else counts
+    if isinstance(found, list):
+        found = np.array(found, np.int64) if all(isinstance(c, int) and abs(c) < 2**31 for c in found) else None
+    if not isinstance(found, np.ndarray) or found.min(initial=0) < 0:
         return "run lengths without counts that can be read"
-    return None if sum(counts) == size[0] * size[1] else "run lengths that do not add up to the image"
+    return None if found.sum() == size[0] * size[1] else "run lengths that do not add up to the image"
 
 
-def _counts(text: str) -> list[int] | None:
+def _counts(text: str) -> NDArray[Any] | None:
     """The numbers in compressed run lengths; None if the text is damaged.
 
     As pycocotools:common/maskApi.c, rleFrString, which reads past the end of a text that is cut off. A character holds 5 bits
@@ -98,8 +99,7 @@ def _counts(text: str) -> list[int] | None:
     counts -= (digits[last] >> 4) << (5 * lengths)
     counts[1::2] = np.cumsum(counts[1::2])
     counts[2::2] = np.cumsum(counts[2::2])
-    numbers: list[int] = counts.tolist()
-    return numbers
+    return counts
 
 
 def rasterise(segmentations: Sequence[Any], size: tuple[int, int]) -> NDArray[Any]:

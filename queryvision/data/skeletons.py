@@ -108,8 +108,10 @@ def by_name(names: Sequence[str]) -> tuple[tuple[int, int], ...] | None:
 def flip_orders(skeletons: Sequence[Skeleton | None]) -> NDArray[Any] | None:
     """(C,K) int64: which keypoint stands in each one's place in a mirrored image; itself where a class has none.
 
-    None: the pairs of a class are not known.
+    None: the pairs of a class are not known, or no class has keypoints.
     """
+    if not any(skeletons):
+        return None
     orders = np.tile(np.arange(max((len(s) for s in skeletons if s is not None), default=0)), (len(skeletons), 1))
     for order, skeleton in zip(orders, skeletons, strict=True):
         if skeleton is None:

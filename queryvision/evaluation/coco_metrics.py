@@ -45,7 +45,8 @@ def evaluate(
     `records` are rows of a results file. Boxes may also be an array (k,7) of image id, x, y, w, h, score, category id, which
     saves most of the time and memory that dictionaries cost. The other arguments are those of `CocoEvaluator`.
 
-    Records of unknown images or categories do not count. An object without its mask or keypoints is an ignore region. Where
+    Records of unknown images or categories do not count, nor do objects of categories that their image does not list in
+    `covered_category_ids`, where it has that. An object without its mask or keypoints is an ignore region. Where
     annotations lack `iscrowd` or `area`, they are no crowds and have the area of their box.
 
     Returns:
@@ -97,9 +98,13 @@ def _prepare(ground_truth: Mapping[str, Any], classes: ClassMap, kind: Kind, num
     images = {row["id"]: {key: row[key] for key in ("id", "height", "width") if key in row} for row in ground_truth["images"]}
     if kind == "segm" and not all(row.get("height") and row.get("width") for row in images.values()):
         raise DataError("ground truth: an image lacks its height or width, which masks need; add both to every row of 'images'")
+    listed = ((row["id"], row.get("covered_category_ids")) for row in ground_truth["images"])
+    covered = {id_: known for id_, known in listed if known is not None}
     annotations: list[Record] = []
     for row in ground_truth.get("annotations", ()):
         if row["image_id"] not in images or row["category_id"] not in classes.index_of_id:
+            continue
+        if row["category_id"] not in covered.get(row["image_id"], (row["category_id"],)):
             continue
         if row.get("bbox") is None:
             raise DataError(f"annotation {row.get('id')} of the ground truth has no 'bbox'; check the file")

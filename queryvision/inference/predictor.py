@@ -112,8 +112,9 @@ class Predictor:
         sizes = torch.tensor([sample.original_size for sample in samples])
         paths = [sample.path for sample in samples]
         images = batch.images.to(self.device)
-        results = results_of(self.model, self.task, self.classes, images, sizes, self.limit, paths, self.overlap)
-        return [result.above(threshold) for result in results]
+        results = results_of(self.model, self.task, self.classes, images, sizes, self.limit, paths)
+        found = [result.above(threshold) for result in results]
+        return found if self.overlap is None else [result.without_overlaps(self.overlap) for result in found]
 
 
 def as_array(source: Picture) -> NDArray[Any]:

@@ -196,6 +196,9 @@ def test_objects_with_bad_keypoints_are_unlabelled(tmp_path: Path, changes: dict
     assert found.has["keypoints"].tolist() == [[True, True], [False, False]]
     (problem,) = dataset.problems
     assert (problem.annotation_id, problem.kept, problem.kind) == (77, True, kind) and "left out" in str(problem)
+    assert f"left out of annotations: 1 {kind}" in str(dataset.warning())
+    alone = opened(tmp_path, annotation(77, **changes), needs=("keypoints",))
+    assert "no annotation has keypoints, so nothing is learned about them" in str(alone.warning())
 
 
 def test_missing_boxes_are_measured(tmp_path: Path) -> None:
@@ -244,7 +247,8 @@ def test_evaluators_get_what_can_be_read(tmp_path: Path) -> None:
     good = [6, 4, 16, 4, 16, 9, 6, 9]
     row = annotation(bbox=None, segmentation=[good, [1, 2, 3, 4, -5e8, 4]], keypoints=[1, 2, 2])
     (found,) = opened(tmp_path, row, needs=("masks", "keypoints")).ground_truth()["annotations"]
-    assert found["bbox"] == [6, 4, 10, 5] and found["segmentation"] == [good] and "keypoints" not in found
+    assert found["bbox"] == [6, 4, 10, 5] and found["segmentation"] == [good]
+    assert found["keypoints"] == [0] * 6 and found["num_keypoints"] == 0
 
 
 def test_polygons_may_reach_beyond_the_image(tmp_path: Path) -> None:

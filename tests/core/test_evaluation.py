@@ -240,13 +240,14 @@ def test_classes_meet_by_name(capfd):
     assert capfd.readouterr() == ("", "")  # nobody complains of the griffin
 
 
-@pytest.mark.parametrize(("covered", "kept"), [(None, [3, 7]), ([3], [3]), ([], [])])
-def test_classes_that_nobody_looked_for_do_not_count(covered, kept):
+@pytest.mark.parametrize(("covered", "kept", "wanted"), [(None, [3, 7], 1.0), ([3], [3], 1.0), ([7], [7], -1), ([], [], -1)])
+def test_classes_that_nobody_looked_for_do_not_count(covered, kept, wanted):
     truth = one_object()
     truth["images"][0]["covered_category_ids"] = covered
     evaluator = CocoEvaluator(truth, CLASSES)
     evaluator.add(5, boxes_result([[10.0, 10.0, 50.0, 50.0]] * 2, [0.9, 0.8], [0, 1]))
     assert [row["category_id"] for row in evaluator.records] == kept and evaluator.num_unknown == 0
+    assert evaluator.compute()["AP"] == pytest.approx(wanted)
 
 
 def test_records_keep_full_precision():

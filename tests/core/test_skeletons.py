@@ -93,4 +93,4 @@ def test_each_class_swaps_its_own_keypoints() -> None:
     lists = ([[0, 1], [2, 3]], [[3, 2], [0, 1]])  # the same pairs
     orders = flip_orders([Skeleton.from_category({"keypoints": names, "flip_pairs": pairs}) for pairs in lists])
     assert orders is not None and orders.tolist() == [[1, 0, 3, 2]] * 2
-    assert flip_orders([face, Skeleton.from_category({"keypoints": ["thumb"]})]) is None
+    assert flip_orders([face, Skeleton.from_category({"keypoints": ["thumb"]})]) is None and flip_orders([None]) is None
