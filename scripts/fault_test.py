@@ -69,7 +69,7 @@ def main() -> int:
             elif folder.exists():
                 words += ["--resume"]
             process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            alive = draw.uniform(0.02, 0.2) * length if kills < given.kills else None
+            alive = draw.uniform(0.02, 0.12) * length if kills < given.kills else None
             try:
                 said, _ = process.communicate(timeout=alive)
             except subprocess.TimeoutExpired:
