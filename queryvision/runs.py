@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from queryvision.config import changed, load_config
+from queryvision.config import Config, changed, load_config
 from queryvision.engine.launch import launch
 from queryvision.errors import ConfigError
 from queryvision.run import Run
@@ -98,16 +98,20 @@ def train(
     else:
         chosen = load_config(task, config, overrides, settings)
         folder = newest_run(chosen) if resume else None
-        # what was chosen when the run began stays
-        if chosen.train.precision == "auto" and folder is not None and (folder / SETTINGS).is_file():
-            begun = load_config(task, str(folder / SETTINGS))
-            chosen = changed(chosen, {"train.precision": begun.train.precision})
+        if folder is not None and (folder / SETTINGS).is_file():
+            chosen = _as_begun(chosen, load_config(task, str(folder / SETTINGS)))
     if (chosen.train.devices or 1) > 1 and "WORLD_SIZE" not in os.environ:
         return Path(launch(train, given, chosen.train.devices or 1))
     go_on = folder is not None and (folder / LAST).is_file()
     if folder is not None and not go_on:
         print(f"{folder} has saved nothing yet: starting at step 0")
     return Run(chosen, folder).fit(go_on)
+
+
+def _as_begun(chosen: Config, begun: Config) -> Config:
+    """What was chosen when the run began stays: bits and batches would be others on another machine."""
+    kept = {key: getattr(begun.train, key) for key in ("precision", "batch_size") if getattr(chosen.train, key) == "auto"}
+    return changed(chosen, {f"train.{key}": value for key, value in kept.items()})
 
 
 def _text(path: str | Path | None) -> str | None:

@@ -187,6 +187,11 @@ def test_a_run_takes_the_batch_that_fits(call: Call, scenes: Path, tmp_path: Pat
     assert done.code == 0 and "as many images as fit into memory" in done.out
     settings = yaml.safe_load(next(tmp_path.glob("detection/*/config.yaml")).read_text())
     assert settings["train"]["batch_size"] == 64, "more are never taken"
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1)  # the run goes on as it began
+    words = (*TINY, "--steps", "2", "--batch-size", "auto", "--output", tmp_path, "--resume")
+    assert call("train", "--data", scenes, *words).code == 0
+    settings = yaml.safe_load(next(tmp_path.glob("detection/*/config.yaml")).read_text())
+    assert (settings["train"]["batch_size"], settings["train"]["steps"]) == (64, 2)
 
 
 def test_a_checkpoint_is_measured_on_what_training_evaluated_on(scenes: Path, tmp_path: Path, call: Call) -> None:
