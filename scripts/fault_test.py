@@ -45,21 +45,29 @@ def tensors(value: Any, name: str = "") -> dict[str, torch.Tensor]:
     return {key: tensor for part, inner in items for key, tensor in tensors(inner, f"{name}.{part}").items()}
 
 
+def seconds(words: list[str]) -> float:
+    """How long a command takes."""
+    began = time.perf_counter()
+    subprocess.run(words, check=True, capture_output=True)
+    return time.perf_counter() - began
+
+
 def main() -> int:
     """Exit code 0 if both runs end the same."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=400, help="enough that so many kills do not outlive them")
+    parser.add_argument("--steps", type=int, default=400, help="of the optimiser")
     parser.add_argument("--task", default="detection")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     draw = random.Random(given.seed)
     with tempfile.TemporaryDirectory() as work:
         data = make_scenes(Path(work) / "scenes", train=12, val=4, size=64)
-        began = time.perf_counter()
-        subprocess.run(command(given.task, given.steps, data, Path(work) / "whole"), check=True, capture_output=True)
-        length = time.perf_counter() - began
-        print(f"undisturbed: {given.steps} steps in {length:.0f} s", flush=True)
+        start, length = (
+            seconds(command(given.task, n, data, Path(work) / name)) for n, name in ((2, "short"), (given.steps, "whole"))
+        )
+        print(f"undisturbed: {given.steps} steps in {length:.0f} s, of which {start:.0f} s are its start", flush=True)
+        longest = start + 1.5 * (length - start) / given.kills
         whole, folder = (Path(work) / name / given.task / "run" for name in ("whole", "cut"))
         kills = 0
         while True:
@@ -69,7 +77,7 @@ def main() -> int:
             elif folder.exists():
                 words += ["--resume"]
             process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            alive = draw.uniform(0.02, 0.12) * length if kills < given.kills else None
+            alive = draw.uniform(0, longest) if kills < given.kills else None
             try:
                 said, _ = process.communicate(timeout=alive)
             except subprocess.TimeoutExpired:
