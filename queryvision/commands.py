@@ -152,7 +152,7 @@ def predict(
     images: list[dict[str, Any]] = []
     kept: dict[str, Result] = {}  # where the task writes more than records
     taken = {path.resolve() for path in pictures}  # never draw over somebody's picture
-    for index, (path, picture) in enumerate(_readable(pictures, unread), 1):
+    for index, (path, picture) in enumerate(_readable(pictures, unread, quiet=json), 1):
         result = predictor.predict(picture, threshold)
         drawn = _free(folder, path.stem, taken)
         predictor.task.draw(Image.fromarray(picture), result).save(drawn, quality=92)
@@ -181,13 +181,14 @@ def _free(folder: Path, stem: str, taken: set[Path]) -> Path:
     return name
 
 
-def _readable(pictures: Sequence[Path], unread: list[str]) -> Iterator[tuple[Path, NDArray[Any]]]:
+def _readable(pictures: Sequence[Path], unread: list[str], quiet: bool) -> Iterator[tuple[Path, NDArray[Any]]]:
     """Pictures as arrays; what cannot be read is noted and left out, the others are not lost."""
     for path in pictures:
         try:
             yield path, as_array(path)
         except DataError as error:
-            print(f"skipped {error}")
+            if not quiet:
+                print(f"skipped {error}")
             unread.append(str(path))
 
 

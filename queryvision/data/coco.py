@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from queryvision.data import layout
-from queryvision.data.annotations import Problem, check_annotations
+from queryvision.data.annotations import INCOMPLETE, Problem, check_annotations
 from queryvision.data.classes import ClassMap
 from queryvision.data.coco_file import image_table, load, real_categories
 from queryvision.data.dataset import CocoDataset
@@ -36,7 +36,7 @@ def open_dataset(
         split: `train`, `val`, ...
         needs: what a sample is to hold: "labels" and "boxes" always, "masks", "keypoints", or the key of annotations
             that hold a number or a list of numbers, which becomes `extra[key]`.
-        strict: refuse the data set where an annotation would be dropped.
+        strict: refuse the data set where an annotation, or a part of it, would be left out.
         source: "instances" reads objects; "panoptic" reads segments, things and stuff, each pixel in at most one.
 
     Raises:
@@ -57,7 +57,7 @@ def open_file(
         dataset = _panoptic(root, split, file, raw, needs)
     else:
         dataset = _composed(root, split, file, raw, needs)
-    bad = [problem for problem in dataset.problems if not problem.kept]
+    bad = [problem for problem in dataset.problems if not problem.kept or problem.kind in INCOMPLETE]
     if strict and bad:
         more = f" ({len(bad) - 1} more)" if len(bad) > 1 else ""
         raise DataError(f"{bad[0]}{more}; `qv data check {root}` lists all")

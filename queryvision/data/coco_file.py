@@ -61,7 +61,7 @@ def image_table(rows: list[Any], classes: ClassMap, file: Path) -> tuple[ImageTa
     """Checks and packs the images of a file.
 
     Raises:
-        DataError: an image has no id, size or name, or lies outside the data set; or there is none.
+        DataError: an image has no id, size or name, lies outside the data set or covers what is no category; or there is none.
     """
     for i, row in enumerate(rows):
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
@@ -82,10 +82,10 @@ def image_table(rows: list[Any], classes: ClassMap, file: Path) -> tuple[ImageTa
     twice = np.setdiff1d(np.arange(len(rows)), first)
     problems = [Problem(str(file), None, names[i], f"image id {ids[i]} occurs twice", False, DUPLICATE_IMAGE) for i in twice]
     sizes = np.stack([columns["height"][0], columns["width"][0]], axis=1).astype(np.int32)
-    return ImageTable(ids[first], names[first], sizes[first], _covers([rows[i] for i in first], classes)), problems
+    return ImageTable(ids[first], names[first], sizes[first], _covers([rows[i] for i in first], classes, file)), problems
 
 
-def _covers(rows: list[Any], classes: ClassMap) -> NDArray[Any] | None:
+def _covers(rows: list[Any], classes: ClassMap, file: Path) -> NDArray[Any] | None:
     """(n,C) bool from `covered_category_ids`: what a federated data set was annotated for; None: nobody says."""
     listed = [row.get("covered_category_ids") for row in rows]
     if all(value is None for value in listed):
@@ -93,7 +93,11 @@ def _covers(rows: list[Any], classes: ClassMap) -> NDArray[Any] | None:
     covers = np.ones((len(rows), len(classes)), bool)
     for i, value in enumerate(listed):
         if value is not None:
-            index, known = look_up(integers(value)[0], np.asarray(classes.ids, np.int64))
+            ids, good = integers(value) if isinstance(value, list) else (np.zeros(0, np.int64), np.zeros(1, bool))
+            index, known = look_up(ids, np.asarray(classes.ids, np.int64))
+            if not (good.all() and known.all()):
+                name = f"{file}: image '{rows[i]['file_name']}'"
+                raise DataError(f"{name}: covered_category_ids {str(value)[:80]} is no list of ids in 'categories'")
             covers[i] = False
             covers[i, index[known]] = True
     return covers

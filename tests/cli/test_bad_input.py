@@ -518,7 +518,7 @@ def test_results_that_cannot_be_written_are_told_before_the_work(
     assert (tmp_path / "file").read_text() == "here"
 
 
-def test_predict(refused: Refused, trained: Path, drawn_once: Path, tmp_path: Path) -> None:
+def test_predict(refused: Refused, trained: Path, drawn_once: Path, tmp_path: Path, call: Call) -> None:
     checkpoint, out = trained / "best.pt", tmp_path / "p"
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.jpg").write_text("hello")
@@ -533,6 +533,7 @@ def test_predict(refused: Refused, trained: Path, drawn_once: Path, tmp_path: Pa
     assert not out.exists()
     refused("predict", checkpoint, tmp_path / "text.jpg", picture, "-o", out, says="1 of 2 pictures cannot be read")
     assert [path.name for path in out.glob("*.jpg")] == ["val_00000.jpg"]
+    assert json.loads(call("predict", checkpoint, tmp_path / "text.jpg", picture, "-o", out, "--json").out) is not None
 
 
 def test_convert(refused: Refused, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,7 +190,9 @@ def test_bad_annotations_are_dropped_and_named(tmp_path: Path, bad: Any, kind: s
 )
 def test_objects_with_bad_keypoints_are_unlabelled(tmp_path: Path, changes: dict[str, Any], kind: str) -> None:
     rows = [annotation(1, keypoints=[5, 6, 2, 7, 8, 1]), annotation(77, **changes)]
-    dataset = opened(tmp_path, *rows, needs=("keypoints",), strict=True)
+    with pytest.raises(DataError, match="left out"):
+        opened(tmp_path, *rows, needs=("keypoints",), strict=True)
+    dataset = opened(tmp_path, *rows, needs=("keypoints",))
     found = dataset.read(0).annotations
     assert found.ids.tolist() == [1, 77] and found.keypoints is not None and not found.keypoints[1].any()
     assert found.has["keypoints"].tolist() == [[True, True], [False, False]]
@@ -234,7 +236,7 @@ def test_missing_boxes_are_measured(tmp_path: Path) -> None:
 )
 def test_good_polygons_outlive_bad_ones(tmp_path: Path, bad: Any, message: str) -> None:
     good = [[6, 4, 16, 4, 16, 9, 6, 9], [20, 5, 30, 5, 30, 15, 20, 15]]
-    dataset = opened(tmp_path, annotation(segmentation=[good[0], bad, good[1]]), needs=("masks",), strict=True)
+    dataset = opened(tmp_path, annotation(segmentation=[good[0], bad, good[1]]), needs=("masks",))
     assert dataset.objects.segment(0) == good
     found = dataset.read(0).annotations
     assert found.masks is not None and found.masks.sum() == 150
@@ -365,6 +367,14 @@ def test_keypoints_extra_and_cover(tmp_path: Path) -> None:
     assert found.covers is not None and found.covers.tolist() == [False, True]
     assert dataset.read(1).annotations.covers is None and dataset.read(1).annotations.keypoints.shape == (0, 2, 3)  # type: ignore[union-attr]
     assert [p.kind for p in dataset.problems] == ["malformed speed", "malformed pose"]
+
+
+@pytest.mark.parametrize("wrong", [1, "cat", ["cat"], [777], [7.5], [True], {"7": 1}])
+def test_covered_classes_are_ids_of_categories(tmp_path: Path, wrong: Any) -> None:
+    content = coco([annotation()])
+    content["images"][0]["covered_category_ids"] = wrong
+    with pytest.raises(DataError, match="image '.*covered_category_ids .* is no list of ids in 'categories'"):
+        open_dataset(write(tmp_path, content), "train")
 
 
 def test_needs_that_nobody_meets(tmp_path: Path) -> None:
