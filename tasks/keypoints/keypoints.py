@@ -32,8 +32,8 @@ class KeypointHead(Head):
     its own beside the query's (GroupPose, arXiv 2308.07313): proposals give the first points, then each looks around its own
     point and refines it layer by layer. Such points are denoised by drawn similarity (arXiv 2506.13027).
 
-    Keypoints that are not labelled move no point; only `findable` learns from them, on objects with labelled ones. Classes with
-    the same skeleton share their outputs, others have their own.
+    Keypoints that are not labelled move nothing but what says `findable`, which reads the states and does not shape them.
+    Classes with the same skeleton share their outputs, others have their own.
 
     Args:
         fit: D, or all that it must fit.
@@ -42,8 +42,8 @@ class KeypointHead(Head):
         oks_cost: weight of 1 - OKS in matching.
         l1: weight of the loss term `l1`.
         oks: weight of the loss term `oks`.
-        findable: weight of the loss term `findable`: whether a keypoint is labelled. 0 where that does not mean that it is in
-            the picture, so that those that are not labelled move nothing at all.
+        findable: weight of the loss term `findable`: whether a keypoint of an object with labelled ones is labelled itself. 0
+            where that does not mean that it is in the picture.
         grouped: each keypoint is a state of its own.
 
     Raises:
@@ -85,38 +85,44 @@ class KeypointHead(Head):
         for name, value in (("rows", rows), ("real", real), ("sigmas", sigmas)):
             self.register_buffer(name, value, persistent=False)
         self.slots = self.num_points if grouped else 0
-        self.mlp = PerStage(self._mlp, self.fit if grouped else replace(self.fit, proposals="none"))
+        stages = self.fit if grouped else replace(self.fit, proposals="none")
+        self.mlp, self.findable = PerStage(self._points, stages), PerStage(self._findable, stages)
         self.l1_cost, self.oks_cost = l1_cost, oks_cost
         self.weights = {"l1": l1, "oks": oks, "findable": findable}
 
-    def _mlp(self, proposals: bool) -> MLP:
-        own = self.slots and not proposals  # every state says one keypoint
-        mlp = MLP(self.fit.width, self.fit.width, 3 if own else 3 * self.num_points, 3)
+    def _said(self, proposals: bool) -> int:
+        """How many keypoints a state says: all, or where each has a state of its own, one."""
+        return 1 if self.slots and not proposals else self.num_points
+
+    def _points(self, proposals: bool) -> MLP:
+        mlp = MLP(self.fit.width, self.fit.width, 2 * self._said(proposals), 3)
         if self.fit.anchors:  # the first guess is the middle of the box, the next one what the layer looked around
             nn.init.zeros_(mlp.last.weight)
             nn.init.zeros_(mlp.last.bias)
         return mlp
 
+    def _findable(self, proposals: bool) -> MLP:
+        return MLP(self.fit.width, self.fit.width, self._said(proposals), 2)
+
     def forward(self, view: View) -> Answer | None:
         """{"points": (B,Q,J,2), "findable": (B,Q,J) logits}, in float32; before the first layer only where it must steer."""
         if view.stage.kind == "initial" or (view.stage.kind == "proposal" and not self.slots):
             return None
-        mlp = self.mlp.at(view.stage)
-        if view.stage.kind == "layer" and self.slots:
-            assert view.slots is not None, "a grouped keypoint head needs states of its own"
-            said = mlp(view.slots).float()
-            around = said[..., :2] if view.points is None else inverse_sigmoid(view.points.float()) + said[..., :2]
-            return {"points": around.sigmoid(), "findable": said[..., 2]}
-        said = mlp(view.state).float().unflatten(-1, (self.num_points, 3))
-        around = view.anchors
+        own = view.stage.kind == "layer" and self.slots
+        states = view.slots if own else view.state
+        assert states is not None, "a grouped keypoint head needs states of its own"
+        said = self.mlp.at(view.stage)(states).float()
+        findable = self.findable.at(view.stage)(states.detach()).float()  # keypoints without a label shape no state
+        if own:
+            around = said if view.points is None else inverse_sigmoid(view.points.float()) + said
+            return {"points": around.sigmoid(), "findable": findable[..., 0]}
+        said, around = said.unflatten(-1, (self.num_points, 2)), view.anchors
         if around is None and "boxes" in view.answers:  # nothing was looked around, as in DETR: the box just answered
             around = view.answers["boxes"]["boxes"].detach()
         if around is None:
-            points = said[..., :2].sigmoid()
-        else:
-            size = around[..., None, 2:].float() if around.shape[-1] == 4 else 1.0
-            points = around[..., None, :2].float() + said[..., :2] * size
-        return {"points": points, "findable": said[..., 2]}
+            return {"points": said.sigmoid(), "findable": findable}
+        size = around[..., None, 2:].float() if around.shape[-1] == 4 else 1.0
+        return {"points": around[..., None, :2].float() + said * size, "findable": findable}
 
     def feedback(self, answer: Answer, view: View) -> Feedback:
         """The next layer's slots look around the points."""

@@ -164,6 +164,40 @@ def test_results_have_the_keypoints_of_their_class() -> None:
     assert (untold[0, 0, :, 2] == 1).all() and not untold[0, 1, 2].any()
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_keypoints_without_a_label_move_nothing_but_what_says_findable(grouped: bool) -> None:
+    torch.manual_seed(0)
+    make = TASK.make_heads(
+        ClassMap((1, 2, 3), ("face", "thing", "hand"), (True,) * 3, SKELETONS), {"keypoints": {"grouped": grouped}}
+    )
+    model = builders.builder("dfine_small")(
+        make, TASK.steering, backbone="resnet18", width=32, num_queries=8, denoising=4, ffn_width=32, decoder_layers=2
+    )
+    found, heads = targets(), model.heads.heads()
+    mlp = heads["keypoints"].mlp
+    for layer in [*mlp.layers, *([mlp.proposals] if grouped else [])]:
+        torch.nn.init.normal_(layer.last.weight, std=0.1)  # zero at first, and nothing behind it would be moved
+    images = ImageBatch(torch.randn(2, 3, 80, 120, generator=generator()), torch.zeros(2, 80, 120).bool(), False, found.sizes)
+
+    def moved(found: Targets, **weights: float) -> dict[str, Tensor]:
+        """Gradients of the keypoints' terms with these weights, by parameter."""
+        for each in heads.values():
+            each.weights.update(dict.fromkeys(each.weights, 0.0))
+        heads["keypoints"].weights.update(weights)
+        model.zero_grad()
+        torch.manual_seed(1)
+        Criterion(heads, model.steering)(model.train()(images, found), found).total.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+
+    said = moved(found, findable=1.0)
+    assert said and all(".findable." in name for name in said)
+    once = moved(found, l1=1.0, oks=1.0)
+    assert any("backbone" in name for name in once) and not any(".findable." in name for name in once)
+    hidden = replace(found, values={**found.values, "keypoints": found["keypoints"] + ~found.has["keypoints"][..., None] * 0.4})
+    again = moved(hidden, l1=1.0, oks=1.0)
+    assert once.keys() == again.keys() and all(torch.equal(once[name], again[name]) for name in once)
+
+
 def test_a_head_needs_a_skeleton() -> None:
     with pytest.raises(ConfigError, match="no class has keypoints"):
         TASK.make_heads(3, {})(Fit(8))
