@@ -159,7 +159,7 @@ class Run:
         folder = self.folder
         if self.accelerator.is_main_process:
             folder = folder or claim_folder(self.config)
-            take_folder(folder, self.config)
+            self._held = take_folder(folder, self.config)
         return cast(Path, broadcast_object_list([folder])[0])
 
     def _announce(self, model: QueryModel) -> None:

@@ -6,9 +6,12 @@ A new run never writes into an old one's folder. A run that was stopped before i
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import yaml
 
@@ -19,6 +22,8 @@ from queryvision.outputs import writable_folder
 
 LAST = "last.pt"
 SETTINGS = "config.yaml"
+HELD = ".held"
+"""Locked by the process that trains."""
 
 
 def claim_folder(config: Config) -> Path:
@@ -65,18 +70,33 @@ def named_run(path: str) -> Path:
     return folder
 
 
-def take_folder(folder: Path, config: Config) -> None:
+def take_folder(folder: Path, config: Config) -> TextIO:
     """Removes what was left unfinished in a run's folder and leaves the resolved configuration in it.
 
+    Returns:
+        A file that keeps other processes from taking the folder as long as it is open; however this one ends, it is closed.
+
     Raises:
-        ConfigError: it cannot be written; the old one is untouched.
+        ConfigError: another process trains there, or it cannot be written; the old configuration is untouched.
     """
-    remove_unfinished(writable_folder(folder))
+    held = _hold(writable_folder(folder))
+    remove_unfinished(folder)
     try:
         with replacing(folder / SETTINGS) as file:
             file.write(yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
     except OSError as error:
         raise ConfigError(f"cannot write {folder / SETTINGS} ({error.strerror}); choose another folder") from error
+    return held
+
+
+def _hold(folder: Path) -> TextIO:
+    file = open(folder / HELD, "w")  # noqa: SIM115
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike that of flock not inherited by processes that read images
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise ConfigError(f"{folder}: another process trains in this folder; wait for it, or end it first") from None
+    return file  # a network's file system may have no locks
 
 
 def _names(config: Config) -> Iterator[Path]:

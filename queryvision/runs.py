@@ -100,6 +100,8 @@ def train(
         folder = newest_run(chosen) if resume else None
         if folder is not None and (folder / SETTINGS).is_file():
             chosen = _as_begun(chosen, load_config(task, str(folder / SETTINGS)))
+    if folder is not None and devices is None and "WORLD_SIZE" in os.environ:  # a launcher says how many go on
+        chosen = chosen.model_copy(update={"train": chosen.train.model_copy(update={"devices": None})})
     if (chosen.train.devices or 1) > 1 and "WORLD_SIZE" not in os.environ:
         return Path(launch(train, given, chosen.train.devices or 1))
     go_on = folder is not None and (folder / LAST).is_file()

@@ -2,7 +2,7 @@
 
     python scripts/benchmark_step.py --peer transformers [--model detr deformable dino rtdetrv2 dfine]
                                      [--only training inference compiled onnx assignment criterion memory laptop]
-                                     [--rounds 7] [--device cuda] [--half]
+                                     [--rounds 7] [--device cuda] [--half] [--apart]
 
 Models: `rtdetrv2` has a ResNet-18 and `dfine` an HGNetv2-B0, the others a ResNet-50. `deformable` is the two-stage Deformable
 DETR; `dino` has 900 queries and feed-forward parts of 2048, and its peer is a two-stage Deformable DETR of the same sizes
@@ -14,7 +14,8 @@ Assignment: costs and matching of 6 layers x 16 images x 100 or 300 queries x 20
 over all images, layer by layer). Criterion: the same and losses with their gradients, all layers at once and layer by layer.
 Peak memory is that of a process of its own which imports what its side needs and does three training steps: of all of it,
 above what it took once its model was made, and of its tensors (what counts on a GPU). `--half` runs both sides in bfloat16
-(autocast). Needs the test extra.
+(autocast). `--apart` gives each side a process of its own and leaves the peer's memory as glibc manages it, as its users run
+it; without, both keep what they free (`queryvision.allocation`), as `qv` does. Needs the test extra.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step_models import CLASSES, REAL_TIME, OnnxRuntime, Ours, Transformers, random_targets
+from step_models import CLASSES, REAL_TIME, OnnxRuntime, Ours, Transformers, random_targets, training_work
 
 from queryvision.allocation import tune_allocation
 from queryvision.structures import Round, Stage, Targets
@@ -45,16 +46,56 @@ class Where:
 
     device: str
     half: bool
+    apart: bool
 
-    def ours(self, name: str, compiled: bool = False) -> Ours:
-        return Ours(name, compiled, self.device, self.half)
+    def ours(self, name: str, compiled: bool = False) -> Ours | Apart:
+        make = Apart if self.apart else Ours
+        return make(name, compiled, self.device, self.half)
 
-    def peer(self, name: str, dropout: float = 0.1) -> Transformers:
-        return Transformers(name, dropout, self.device, self.half)
+    def peer(self, name: str, dropout: float = 0.1) -> Transformers | Apart:
+        make = Apart if self.apart else Transformers
+        return make(name, dropout, self.device, self.half)
 
-    def work(self, batch: int = 2) -> tuple[torch.Tensor, Targets]:
-        """Pixels and targets of a training step."""
-        return torch.randn(batch, 3, 480, 640, device=self.device), random_targets(batch, 8, self.device)
+    def tune(self, side: str) -> None:
+        """Memory as that side has it."""
+        if side == "ours" or not self.apart:
+            tune_allocation()
+
+
+class Apart:
+    """A side in a process of its own; takes the arguments of `Ours` (compiled) or of `Transformers` (dropout)."""
+
+    def __init__(self, name: str, variant: bool | float, device: str, half: bool) -> None:
+        side = "ours" if isinstance(variant, bool) else "peer"
+        run = [sys.executable, __file__, "--serve", json.dumps([side, name, variant, device, half]), "--apart"]
+        self.process = subprocess.Popen(run, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._ask({})
+
+    def _ask(self, request: dict[str, Any]) -> None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        if self.process.stdout.readline() != "done\n":
+            raise SystemExit("a process that was measured has ended")
+
+    def train(self, pixels: torch.Tensor, targets: Targets) -> None:
+        self._ask({"train": list(pixels.shape)})
+
+    def infer(self, pixels: torch.Tensor) -> None:
+        self._ask({"infer": list(pixels.shape)})
+
+
+def serve(side: str, name: str, variant: bool | float, device: str, half: bool) -> None:
+    """Does what its parent writes, and says when it is done."""
+    model: Any = (Ours if side == "ours" else Transformers)(name, variant, device, half)  # type: ignore[arg-type]
+    work: dict[str, tuple[Any, ...]] = {}
+    for line in sys.stdin:
+        for kind, shape in json.loads(line).items():
+            if kind not in work:
+                work[kind] = training_work(device, shape[0]) if kind == "train" else (torch.randn(shape, device=device),)
+            getattr(model, kind)(*work[kind])
+        now()
+        print("done", flush=True)
 
 
 def now() -> float:
@@ -148,15 +189,16 @@ def assignment(where: Where, rounds: int, queries: int) -> list[dict[str, Any]]:
 
 def peak_memory(side: str, name: str, where: Where) -> list[float]:
     """MB of a fresh process that does three training steps: its peak, what the steps added, and the tensors' peak."""
-    run = [sys.executable, __file__, "--child", side, "--model", name, "--device", where.device, *["--half"] * where.half]
+    run = [sys.executable, __file__, "--child", side, "--model", name, "--device", where.device]
+    run += [*["--half"] * where.half, *["--apart"] * where.apart]
     printed = subprocess.run(run, check=True, capture_output=True, text=True).stdout
     return [float(number) for number in printed.split()[-3:]]
 
 
 def child(side: str, name: str, where: Where) -> None:
-    model = where.ours(name) if side == "ours" else where.peer(name)
+    model: Any = (Ours if side == "ours" else Transformers)(name, device=where.device, half=where.half)
     made = resident("VmRSS")
-    pixels, targets = where.work()
+    pixels, targets = training_work(where.device)
     for _ in range(3):
         model.train(pixels, targets)
     peak = resident("VmHWM")  # getrusage would count what the parent held when it forked
@@ -190,7 +232,7 @@ def compare(model: str, only: Sequence[str], where: Where, rounds: int) -> list[
     if {"training", "inference"} & set(only):
         ours, peer = where.ours(model), where.peer(model)
     if "training" in only:
-        pixels, targets = where.work()
+        pixels, targets = training_work(where.device)
         pairs = [("as published", ours, peer)]
         if model in REAL_TIME:
             pairs = [("as published", ours, peer)]
@@ -240,7 +282,6 @@ def laptop(where: Where, rounds: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    tune_allocation()  # both sides, as `qv` does
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", choices=["transformers"], default="transformers")
     parser.add_argument("--model", nargs="*", choices=["detr", "deformable", "dino", *REAL_TIME], default=["detr"])
@@ -248,17 +289,26 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=["training", "inference", "assignment", "criterion", "memory"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--half", action="store_true", help="bfloat16 autocast on both sides")
+    parser.add_argument("--apart", action="store_true", help="each side in a process of its own, the peer as its users run it")
     parser.add_argument("--json", help="write the figures there")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--child", choices=["ours", "peer"], help=argparse.SUPPRESS)
     options = parser.parse_args()
-    where = Where(options.device, options.half)
+    where = Where(options.device, options.half, options.apart)
+    if options.serve:
+        side, *arguments = json.loads(options.serve)
+        where.tune(side)
+        serve(side, *arguments)
+        return
+    where.tune(options.child or "peer")
     if options.child:
         child(options.child, options.model[0], where)
         return
     torch.manual_seed(0)
     machine = torch.cuda.get_device_name() if where.device == "cuda" else f"{torch.get_num_threads()} threads"
     precision = "bfloat16" if where.half else "float32"
-    print(f"torch {torch.__version__}, {machine}, {precision}, median of {options.rounds}, interleaved")
+    apart = ", each side in a process of its own" if where.apart else ""
+    print(f"torch {torch.__version__}, {machine}, {precision}, median of {options.rounds}, interleaved{apart}")
     results = [result for model in options.model for result in compare(model, options.only, where, options.rounds)]
     if "assignment" in options.only:
         results += [row for queries in (100, 300) for row in assignment(where, options.rounds, queries)]

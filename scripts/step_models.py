@@ -33,6 +33,11 @@ def random_targets(batch: int, count: int, device: str = "cpu") -> Targets:
     ).to(device)
 
 
+def training_work(device: str, batch: int = 2) -> tuple[torch.Tensor, Targets]:
+    """Pixels and targets of a training step."""
+    return torch.randn(batch, 3, 480, 640, device=device), random_targets(batch, 8, device)
+
+
 def images_of(pixels: torch.Tensor) -> ImageBatch:
     batch, _, height, width = pixels.shape
     padding = torch.zeros(batch, height, width, dtype=torch.bool, device=pixels.device)

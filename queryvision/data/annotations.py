@@ -214,7 +214,7 @@ def _unique(check: _Check, within: Literal["file", "image"]) -> None:
 def _areas(check: _Check, published: NDArray[Any]) -> NDArray[Any]:
     raw = check.column("area")
     values = np.array([value if is_number(value) else np.nan for value in raw], np.float64)
-    good = np.isfinite(values) & (values >= 0)
+    good = np.isfinite(values) & (values > 0)
     absent = np.array([value is None for value in raw], bool)
     check.note(~good & ~absent, "area replaced", lambda i: f"area {raw[i]!r} replaced by width x height")
     return np.where(good, values, published[:, 2] * published[:, 3]).astype(np.float32)

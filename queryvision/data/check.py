@@ -95,6 +95,8 @@ def check(path: Path | str, needs: Sequence[str] | None = None, source: Source =
             problems.append(Problem(str(file), None, "", str(error), False, "panoptic part cannot be read"))
             continue
         splits.append(_summary(dataset))
+        if not splits[-1].num_objects:
+            problems.append(Problem(str(file), None, "", "there is no object to learn from or to measure", False, "no object"))
         problems += dataset.problems + _decode_all(dataset)
         family = (kind, file.stem.replace(split, ""))  # instances and keypoints of the same images may have other classes
         try:

@@ -262,7 +262,7 @@ class CocoDataset:
         for i, row in enumerate(found.rows.tolist()):
             entry = dict(raw[row])
             given = entry.get("area")
-            good = isinstance(given, int | float) and np.isfinite(given) and given >= 0
+            good = isinstance(given, int | float) and np.isfinite(given) and given > 0
             entry.update(area=given if good else float(found.areas[i]), iscrowd=int(found.crowd[i]))
             if entry.get("bbox") is None:  # it was measured
                 left, top, right, bottom = found.boxes[i].tolist()

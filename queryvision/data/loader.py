@@ -90,7 +90,7 @@ class Loader(Generic[T]):
             except StopIteration:
                 return
             except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+                if "DataLoader worker (pid" not in str(error):  # without it: what went wrong in a worker that lives
                     raise
                 raise DataError("a process that reads images died, perhaps for want of memory; try fewer --workers") from error
             if isinstance(item, DataError):

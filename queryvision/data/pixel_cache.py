@@ -28,15 +28,17 @@ class PixelCache:
         folder: of the files; made where it is missing. A data set has a file of its own, found again by the next run.
         names: (n,) of the images: part of what tells data sets apart.
         sizes: (n,2) height, width.
+        root: of the data set: the other part.
 
     Raises:
         ConfigError: the folder cannot be written, or the disk has not room for all images; nothing is left behind.
     """
 
-    def __init__(self, folder: str | Path, names: NDArray[Any], sizes: NDArray[Any]) -> None:
+    def __init__(self, folder: str | Path, names: NDArray[Any], sizes: NDArray[Any], root: str | Path = "") -> None:
         lengths = sizes.astype(np.int64).prod(1) * 3
         self.sizes, self.ends = sizes, np.concatenate([[0], np.cumsum(lengths)])
-        key = hashlib.sha256("\n".join(names.tolist()).encode() + self.ends.tobytes()).hexdigest()[:16]
+        told = "\n".join([str(Path(root).resolve()), *names.tolist()])
+        key = hashlib.sha256(told.encode() + self.ends.tobytes()).hexdigest()[:16]
         self.file = Path(folder).expanduser() / f"pixels-{key}.bin"
         self.header = len(sizes) * 8  # int64 each: when the image's file was changed, in ns; 0: not here yet
         total = self.header + int(self.ends[-1])

@@ -96,11 +96,15 @@ class Skeleton:
 
 
 def by_name(names: Sequence[str]) -> tuple[tuple[int, int], ...] | None:
-    """Flip pairs by left and right in the names; None where a left one lacks its right one or no name says a side."""
+    """Flip pairs by left and right in the names.
+
+    None where a left one lacks its right one, no name says a side, or another one may (`l_ear`).
+    """
     place = {name.lower(): index for index, name in enumerate(names)}
     sides = [name for name in place if re.search("left|right", name)]
     lefts = [name for name in sides if "left" in name]
-    if not sides or len(sides) != 2 * len(lefts) or any(name.replace("left", "right") not in place for name in lefts):
+    maybe = any(re.search(r"(^|[^a-z])[lr]([^a-z]|$)", name) for name in place if name not in sides)
+    if maybe or not sides or len(sides) != 2 * len(lefts) or any(name.replace("left", "right") not in place for name in lefts):
         return None
     return tuple((place[name], place[name.replace("left", "right")]) for name in lefts)
 

@@ -44,6 +44,12 @@ class Health:
         moving = [norm for norm in self.norms if norm.training]
         self.before = [(buffer, buffer.clone()) for norm in moving for buffer in norm.buffers()]
 
+    def undo(self) -> None:
+        """Instead of `end`, where a step was broken off: puts the statistics back."""
+        for buffer, old in self.before:
+            buffer.copy_(old)
+        self.before = []
+
     def end(self, number: int, norm: Tensor, losses: Mapping[str, Tensor], image_ids: Sequence[int]) -> Tensor:
         """After the backward pass.
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import os
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import torch
@@ -61,5 +65,21 @@ def kept(model: QueryModel, criterion: Criterion, batch: Batch) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes."""
-    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
+    """Bytes; of a host this process's share of what its container or job may still take."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = min(psutil.virtual_memory().available, *_allowed())
+    return int(free) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _allowed(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[float]:
+    """Bytes that the control groups of this process leave, the innermost first (Linux, version 2)."""
+    found = re.search(r"^0::(/.*)$", own.read_text(), re.MULTILINE) if own.is_file() else None
+    inner = root / found[1].strip("/") if found else root
+    left = [math.inf]
+    for folder in (inner, *inner.parents):
+        limit, used = folder / "memory.max", folder / "memory.current"
+        if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdigit():
+            files = re.search(r"^inactive_file (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)  # can be dropped
+            left.append(max(0, int(most) - int(used.read_text()) + (int(files[1]) if files else 0)))
+    return left

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Literal, cast
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import gather_object
@@ -49,6 +51,20 @@ def native_precision(device: torch.device) -> Precision:
     return "bf16" if able else "fp32"
 
 
+def host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
+    """Where processes meet without their devices, for whose work they would wait otherwise; all of them call it together."""
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if accelerator.num_processes > 1 else None
+
+
+def summed_on_host(values: Sequence[float], group: dist.ProcessGroup | None) -> list[float]:
+    """Sums over all processes of a group of `host_group`; the values themselves where there is none."""
+    if group is None:
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total, group=group)
+    return total.tolist()
+
+
 def _agreed(precision: Precision) -> Precision:
     """fp32 if it is any process's; all of them meet here."""
     return "fp32" if "fp32" in gather_object([precision]) else precision
@@ -59,5 +75,5 @@ def _check_processes(devices: int | None) -> None:
     if devices is None or devices == running:
         return
     if "WORLD_SIZE" in os.environ:
-        raise ConfigError(f"train.devices = {devices}: {running} processes were started (WORLD_SIZE); leave out --devices")
+        raise ConfigError(f"train.devices = {devices}: {running} processes were started (WORLD_SIZE); leave train.devices out")
     raise ConfigError(f"train.devices = {devices}: queryvision.train and `qv train` start so many processes, or torchrun does")

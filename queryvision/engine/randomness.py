@@ -12,18 +12,19 @@ def random_state(device: torch.device) -> dict[str, Any]:
     return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
 
 
-def set_random_state(state: dict[str, Any] | None, device: torch.device, seed: int, rank: int, step: int) -> None:
+def set_random_state(states: list[dict[str, Any]], device: torch.device, seed: int, rank: int, step: int) -> None:
     """Goes on from a checkpoint's generators, or starts fresh ones that differ from rank to rank.
 
     Args:
-        state: of `random_state`, which only rank 0 saves; None: a new run.
+        states: of `random_state` in every rank of the run so far; none: a new run.
         device: of this process.
         seed: of the run.
         rank: of this process.
         step: where the run stands.
     """
     torch.manual_seed(seed + rank + 1_000_003 * step)
-    if state is not None and rank == 0:
+    if rank < len(states):
+        state = states[rank]
         torch.set_rng_state(state["torch"])
         if state["cuda"] is not None and device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"], device)

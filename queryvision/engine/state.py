@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from queryvision.config import TrainSettings
@@ -47,7 +48,7 @@ class RunState:
         average: of the weights, or None.
         progress: where the run stands.
         uncalled: parts to be compiled that nothing has called yet.
-        rng: generators of the checkpoint it was loaded from.
+        rng: generators of all ranks of the checkpoint it was loaded from.
     """
 
     def __init__(self, model: QueryModel, settings: TrainSettings, accelerator: Accelerator) -> None:
@@ -75,7 +76,7 @@ class RunState:
         self.optimizer = accelerator.prepare(torch.optim.AdamW(groups, fused=True))
         # Accelerate puts autocast around `forward`; here it stands around the training step, so that evaluation is float32.
         model.__dict__.pop("forward", None)
-        self.progress, self.rng = Progress(), cast(dict[str, Any] | None, None)
+        self.progress, self.rng = Progress(), cast(list[dict[str, Any]], [])
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -132,7 +133,8 @@ class RunState:
             CheckpointError: it cannot be written; the file before it is untouched.
         """
         p = self.progress
-        sums = p.shared(self.accelerator)
+        sums, rng = p.shared(self.accelerator), [random_state(self.accelerator.device)]
+        rng = gather_object(rng) if self.accelerator.num_processes > 1 else rng
         weights, moments = gathered(self.plain.state_dict()), gathered(self.optimizer.state_dict())
         if not self.accelerator.is_main_process:
             return
@@ -142,7 +144,7 @@ class RunState:
             "optimizer": moments,
             "step": p.step,
             "metrics": p.best_metrics,
-            "rng": random_state(self.accelerator.device),
+            "rng": rng,
             "log": {**{key: getattr(p, key) for key in LOGGED}, "sums": sums},
         }
         if self.accelerator.scaler is not None:
@@ -188,8 +190,12 @@ class RunState:
             steps = state["steps"]
         if state["step"] > steps:
             raise ConfigError(f"{path}: the run is already at step {state['step']}; --steps {steps} must be at least that")
-        self.progress = Progress(step=state["step"], best_metrics=state["metrics"], **state["log"])
+        rng = state["rng"]
+        self.rng = rng if isinstance(rng, list) else [rng]  # before, only the first rank's was kept
+        try:
+            self.progress = Progress(step=state["step"], best_metrics=state["metrics"], **state["log"])
+        except (LookupError, TypeError) as error:
+            raise CheckpointError(f"{path}: lacks where its run stood; resume it with the version that wrote it") from error
         share = float(self.accelerator.is_main_process)  # they are those of all processes
         self.progress.sums = {key: share * value.to(self.accelerator.device) for key, value in self.progress.sums.items()}
-        self.rng = state["rng"]
         return steps

@@ -28,15 +28,36 @@ class Stopped(QueryVisionError):
         return Stopped, (self.code - 128, str(self))
 
 
+class Interrupted(BaseException):
+    """A signal came in the midst of what may be broken off."""
+
+
 class Asked:
     """Which signal came, 0: none. After it Ctrl-C ends the process at once; SIGTERM, which launchers repeat, does nothing."""
 
     number = 0
+    breaking = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """The handler."""
         self.number = self.number or number
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.breaking:
+            self.breaking = False
+            raise Interrupted
+
+    @contextlib.contextmanager
+    def breaking_off(self, allowed: bool) -> Iterator[None]:
+        """Stands around what a signal ends at once, if that is `allowed`.
+
+        Raises:
+            Interrupted: a signal came.
+        """
+        self.breaking = allowed
+        try:
+            yield
+        finally:
+            self.breaking = False
 
 
 @contextlib.contextmanager

@@ -23,13 +23,13 @@ from queryvision.criterion import Criterion
 from queryvision.engine.checkpoint import save_checkpoint
 from queryvision.engine.health import Health
 from queryvision.engine.optimisation import lr_factor
-from queryvision.engine.processes import make_accelerator
+from queryvision.engine.processes import host_group, make_accelerator, summed_on_host
 from queryvision.engine.progress import Metrics, Progress
 from queryvision.engine.randomness import image_generators, set_random_state
 from queryvision.engine.run_log import RunLog
 from queryvision.engine.state import RunState
-from queryvision.engine.stopping import Asked, Stopped, listening
-from queryvision.errors import DataError
+from queryvision.engine.stopping import Asked, Interrupted, Stopped, listening
+from queryvision.errors import ConfigError, DataError, QueryVisionError
 from queryvision.model.query_model import QueryModel
 from queryvision.structures import Batch
 from queryvision.timing import Timer, untimed
@@ -75,6 +75,7 @@ class Trainer:
         self.criterion, self.batches, self.evaluate, self.main_metric = criterion, batches, evaluate, main_metric
         self.state = RunState(model, settings, self.accelerator)
         self.health = Health(model, self.accelerator, settings.bad_steps)
+        self.meeting = host_group(self.accelerator)
         self.asked, self.stopping = Asked(), 0  # which signal came, and which one all processes know of
         self.log: RunLog
 
@@ -117,10 +118,24 @@ class Trainer:
                         self._save()
                         self.accelerator.wait_for_everyone()  # a launcher ends the others as soon as one has ended
                         raise
+                    except (ConfigError, torch.OutOfMemoryError) as error:  # in the midst of a step
+                        raise self._broken_off(step, error) from error
                     self._after(step + 1)
         finally:
             self.log.close()
         return self.progress
+
+    def _broken_off(self, step: int, error: Exception) -> QueryVisionError:
+        """What to tell people of a step that could not be done; the state before it is saved where one process can do that."""
+        saved = self.accelerator.num_processes == 1 and self.progress.step == step
+        if saved:
+            self.health.undo()
+            self._read_health()
+            self._save()
+        if isinstance(error, QueryVisionError):
+            return error
+        less = "try a smaller --batch-size (and accumulate), data.image_size, or train.recompute"
+        return QueryVisionError(f"the device has not the memory for step {step + 1}{', the state is saved' * saved}; {less}")
 
     def _step(self, step: int, batches: Iterator[Batch]) -> None:
         began = time.perf_counter()
@@ -182,8 +197,8 @@ class Trainer:
         errors = [] if lost is None else [str(lost)]
         self.stopping = number = self.asked.number
         if self.accelerator.num_processes > 1:  # all must stop after the same step
-            mine = torch.tensor([*total.values(), number, len(said) + len(errors)], device=self.accelerator.device)
-            *summed, asked, told = self.accelerator.reduce(mine, "sum").tolist()
+            mine = [*total.values(), number, len(said) + len(errors)]
+            *summed, asked, told = summed_on_host(mine, self.meeting)
             total, self.stopping = dict(zip(total, summed, strict=True)), number or int(asked > 0) * SIGTERM
             if told:
                 said, errors = gather_object(said), gather_object(errors)
@@ -210,8 +225,12 @@ class Trainer:
             self.progress.owed = values
             self._save()  # whatever happens meanwhile, the steps so far are not lost
             if not stopping:  # then there may be no time for it
-                values |= self._evaluate(step)
-                self.progress.owed = None
+                try:
+                    with self.asked.breaking_off(alone):  # the others would wait for its results
+                        values |= self._evaluate(step)
+                    self.progress.owed = None
+                except Interrupted:
+                    stopping = self.asked.number
         if values and self.progress.owed is None:
             self._write(step, values)
         if saving or (stopping and not evaluating):

@@ -63,7 +63,7 @@ def open_safetensors(source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if Path(source).is_dir():
         path, settings = Path(source) / "model.safetensors", Path(source) / "config.json"
     else:
-        path = fetch(source, own_folder=True)
+        path = fetch(source)
         settings = _optional(f"{beside.rpartition('/')[0] or '.'}/config.json{query}{rest}")
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
@@ -76,7 +76,7 @@ def open_safetensors(source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _optional(source: str) -> Path:
     """Like `fetch`, but a server that does not have the file is no error; the path does not exist then."""
     try:
-        return fetch(source, own_folder=True)
+        return fetch(source)
     except CheckpointError as error:
         if isinstance(error.__cause__, HTTPError) and error.__cause__.code == 404:
             return Path("none/config.json")

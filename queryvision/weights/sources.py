@@ -31,6 +31,8 @@ PACKAGED_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf7
 VALID = "none, imagenet, torchvision:NAME, timm:NAME, a path, a URL"
 INSTEAD = "fetch it elsewhere and give the file's path, or use --weights none"
 TIMEOUT = 15  # seconds without an answer
+DATE = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])")
+"""What looks like a hash and is none: `model-20240115.pth`."""
 UNREACHABLE = (OSError, ValueError, HTTPException)
 """What a URL can raise: no network, no such host or file, no URL at all."""
 
@@ -149,12 +151,13 @@ def packaged_efficientnet_lite0() -> dict[str, Tensor]:
     return dict(zip(ours, theirs.values(), strict=True))
 
 
-def fetch(source: str, own_folder: bool = False) -> Path:
+def fetch(source: str) -> Path:
     """A path as it is; a URL downloaded once into torch's cache, its hash checked where the name carries one.
+
+    Without a hash files of each web folder get a folder of their own, as many are called `model.safetensors`.
 
     Args:
         source: path or URL.
-        own_folder: files of one web folder get a folder of their own, so that they may be called what others are.
 
     Raises:
         CheckpointError: it cannot be fetched, or the hash is wrong.
@@ -167,8 +170,8 @@ def fetch(source: str, own_folder: bool = False) -> Path:
     except ValueError as error:
         raise CheckpointError(f"{source}: is no URL ({error})") from error
     where, _, name = parts.path.rpartition("/")
-    if own_folder:
-        folder = folder / hashlib.sha256(f"{parts.netloc}{where}".encode()).hexdigest()[:16]
+    if _hash_of(name) is None:
+        folder = folder / hashlib.sha256(f"{parts.netloc}{where}?{parts.query}".encode()).hexdigest()[:16]
     if not name:
         raise CheckpointError(f"{source}: this URL names no file")
     path = folder / name
@@ -201,7 +204,7 @@ def _reason(error: Exception) -> str:
 
 def _hash_of(name: str) -> str | None:
     found = re.search(r"-([0-9a-f]{8,})\.", name)
-    return found.group(1) if found else None
+    return None if found is None or DATE.fullmatch(found[1]) else found[1]
 
 
 def _plain_state(content: Any, source: str) -> dict[str, Tensor]:

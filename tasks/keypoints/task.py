@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +23,7 @@ from queryvision.tasks.keypoints.keypoints import KeypointHead
 
 
 class KeypointEvaluator:
-    """COCO keypoint AP under its usual names, of boxes as `box_AP` ...; classes of different skeletons are averaged by class.
+    """COCO keypoint AP under its usual names, of boxes as `box_AP` ...; each is the mean over the classes that have it.
 
     Args:
         ground_truth: a COCO dictionary; its categories' skeletons and sigmas count.
@@ -38,76 +37,72 @@ class KeypointEvaluator:
     def __init__(self, ground_truth: dict[str, Any], classes: ClassMap, backend: Any) -> None:
         self.classes = classes
         self.boxes = CocoEvaluator(ground_truth, classes, "bbox", backend=backend)
-        groups: dict[Skeleton, list[int]] = {}
-        for category in ground_truth["categories"]:
-            skeleton = Skeleton.from_category(category, "ground truth")
-            if skeleton is not None:
-                groups.setdefault(skeleton, []).append(category["id"])
-        if not groups:
+        told = [(category, Skeleton.from_category(category, "ground truth")) for category in ground_truth["categories"]]
+        posed = [(category, skeleton) for category, skeleton in told if skeleton is not None]
+        if not posed:
             raise DataError("ground truth: no category has keypoints; name them under 'keypoints' in 'categories'")
         known = {skeleton.names for skeleton in classes.skeletons if skeleton is not None}
-        if not any(skeleton.names in known for skeleton in groups):
-            first = next(iter(groups)).names
-            raise DataError(
-                f"ground truth: its keypoints ({', '.join(first)}) are not the model's; use the names it was trained with"
-            )
-        self.parts = {
-            skeleton: CocoEvaluator(_only(ground_truth, ids), classes, "keypoints", backend=backend, sigmas=skeleton.sigmas)
-            for skeleton, ids in groups.items()
-        }
+        if not any(skeleton.names in known for _, skeleton in posed):
+            names = ", ".join(posed[0][1].names)
+            raise DataError(f"ground truth: its keypoints ({names}) are not the model's; use the names it was trained with")
+        self.parts: list[tuple[str, Skeleton, CocoEvaluator]] = []
+        for category, skeleton in posed:
+            truth = _only(ground_truth, category["id"])
+            part = CocoEvaluator(truth, classes, "keypoints", backend=backend, sigmas=skeleton.sigmas)
+            self.parts.append((category["name"], skeleton, part))
 
     @property
     def records(self) -> list[dict[str, Any]]:
         """Rows of a COCO results file, with keypoints."""
-        return [row for part in self.parts.values() for row in part.records]
+        return [row for _, _, part in self.parts for row in part.records]
 
     def add(self, image_id: int, result: Result) -> None:
         """Takes the whole result of one image, without a threshold."""
         self.boxes.add(image_id, result)
-        for skeleton, part in self.parts.items():
-            names = {category["name"] for category in part.ground_truth["categories"]}
-            part.add(image_id, _of_kind(result, skeleton, names))
+        for name, skeleton, part in self.parts:
+            part.add(image_id, _of_class(result, name, skeleton))
 
     def compute(self) -> dict[str, float]:
         """{name: value}."""
-        found = {skeleton: part.compute() for skeleton, part in self.parts.items()}
-        names = dict.fromkeys(name for metrics in found.values() for name in metrics)
-        weights = {s: sum(name.startswith("AP/") for name in metrics) for s, metrics in found.items()}  # classes with objects
-        whole = {name: _mean([(m.get(name, math.nan), weights[s]) for s, m in found.items()]) for name in names}
+        found = [part.compute() for _, _, part in self.parts]
+        names = dict.fromkeys(name for metrics in found for name in metrics)
+        whole = {name: _mean([metrics[name] for metrics in found if name in metrics]) for name in names}
         boxes = {f"box_{name}": value for name, value in self.boxes.compute().items() if "/" not in name}
         return {**{n: v for n, v in whole.items() if "/" not in n}, **boxes, **whole}
 
     def state(self) -> list[Any]:
-        """What was added, of boxes and of each skeleton in order; see `Shareable`."""
-        return [part.state() for part in (self.boxes, *self.parts.values())]
+        """What was added, of boxes and of each class in order; see `Shareable`."""
+        return [part.state() for part in self._all()]
 
     def merge(self, states: Iterable[list[Any]]) -> None:
         """Takes in what other processes gathered; no image counts twice."""
         for state in states:
-            for part, own in zip((self.boxes, *self.parts.values()), state, strict=True):
+            for part, own in zip(self._all(), state, strict=True):
                 part.merge([own])
 
-
-def _mean(values: list[tuple[float, int]]) -> float:
-    """Weighted; what is not known (NaN, or -1 as COCO has it) does not count."""
-    known = [(value, weight) for value, weight in values if value >= 0]
-    return sum(v * w for v, w in known) / sum(w for _, w in known) if known else values[0][0]
+    def _all(self) -> list[CocoEvaluator]:
+        return [self.boxes, *(part for _, _, part in self.parts)]
 
 
-def _only(ground_truth: Mapping[str, Any], ids: list[int]) -> dict[str, Any]:
+def _mean(values: list[float]) -> float:
+    """What is not known (NaN, or -1 as COCO has it) does not count."""
+    known = [value for value in values if value >= 0]
+    return sum(known) / len(known) if known else values[0]
+
+
+def _only(ground_truth: Mapping[str, Any], id_: int) -> dict[str, Any]:
     rows = {
-        key: [r for r in ground_truth[key] if r[name] in ids]
+        key: [r for r in ground_truth[key] if r[name] == id_]
         for key, name in (("categories", "id"), ("annotations", "category_id"))
     }
     return {**ground_truth, **rows}
 
 
-def _of_kind(result: Result, skeleton: Skeleton, names: Container[str]) -> Result:
-    """The objects of classes of these names with as many keypoints under the same names, without padding."""
+def _of_class(result: Result, name: str, skeleton: Skeleton) -> Result:
+    """The objects of the class of this name, if its keypoints have the same names, too; without padding."""
     classes = result.classes
     own = [
-        s is not None and s.names == skeleton.names and n in names
-        for s, n in zip(classes.skeletons, classes.names, strict=True)
+        s is not None and s.names == skeleton.names and n == name for s, n in zip(classes.skeletons, classes.names, strict=True)
     ]
     keep = torch.tensor([own[label] for label in result.labels.tolist()], dtype=torch.bool)
     kept = {"keypoints": result.keypoints[keep][:, : len(skeleton)]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.server
 import io
 import json
@@ -13,6 +14,7 @@ import socket
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -24,6 +26,7 @@ from tiny import TINY, Call, Run
 
 from queryvision import config as configuration
 from queryvision.engine.checkpoint import load_checkpoint
+from queryvision.errors import CheckpointError
 from queryvision.weights import sources
 
 Refused = Callable[..., str]
@@ -364,6 +367,32 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("offline")
 def test_weights_that_are_not_there(train: Refused, drawn_once: Path, source: str, says: str | tuple[str, ...]) -> None:
     train("--weights", source, data=drawn_once, says=says)
+
+
+def test_downloads_are_told_apart_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of the same name from two folders, a hash in the name, and a date that looks like one."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    content = tmp_path / "web"
+    for folder in ("a", "b"):
+        (content / folder).mkdir(parents=True)
+        for name in ("model.bin", "model-20240115.bin"):
+            (content / folder / name).write_bytes(folder.encode())
+    digest = hashlib.sha256(b"a").hexdigest()[:8]
+    (content / f"good-{digest}.bin").write_bytes(b"a")
+    (content / f"bad-{digest}.bin").write_bytes(b"b")
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(content))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        web = f"http://127.0.0.1:{server.server_port}"
+        for name in ("model.bin", "model-20240115.bin"):
+            assert [sources.fetch(f"{web}/{folder}/{name}").read_bytes() for folder in ("a", "b")] == [b"a", b"b"]
+        assert sources.fetch(f"{web}/good-{digest}.bin").read_bytes() == b"a"
+        with pytest.raises(CheckpointError, match="invalid hash value"):
+            sources.fetch(f"{web}/bad-{digest}.bin")
+        server.shutdown()
 
 
 def test_weights_of_something_else(train: Refused, drawn_once: Path, trained: Path, tmp_path: Path) -> None:

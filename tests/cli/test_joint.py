@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from test_posing import SMALL
 from tiny import Call
 
 import queryvision
+from queryvision.assembly import build_model, load_model
 from queryvision.config import load_config
 from queryvision.data.scene_sprites import KEYPOINTS
 from queryvision.errors import ConfigError
@@ -50,9 +50,17 @@ def test_one_result_holds_what_every_task_says(joint: Path, drawn_once: Path, tm
 
 
 def test_one_checkpoint_holds_one_core(joint: Path) -> None:
-    state = torch.load(joint / "best.pt", weights_only=True)["model"]
-    heads = {name.split(".")[1] for name in state if name.startswith("heads.")}
-    assert sum("keypoints" in name for name in state) and sum("masks" in name for name in state), heads
+    found = load_model(joint / "best.pt")
+    alone = {}
+    for name in ("detection", "instance", "keypoints"):
+        task = resolve_task(name)
+        heads = {head: found.config.heads.get(head, {}) for head in task.heads}
+        alone[name] = build_model(found.config.model_copy(update={"task": name, "heads": heads}), task, found.classes)
+    sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in alone.items()}
+    shared = set(alone["detection"].state_dict())
+    assert {*alone["instance"].state_dict(), *alone["keypoints"].state_dict()} == set(found.model.state_dict()) > shared
+    together = sum(p.numel() for p in found.model.parameters())
+    assert together == sizes["instance"] + sizes["keypoints"] - sizes["detection"]
 
 
 def test_a_union_without_a_preset_takes_those_of_its_parts() -> None:

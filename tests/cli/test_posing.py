@@ -36,7 +36,7 @@ def test_from_training_to_pictures(grouped: bool, scenes: Path, tmp_path: Path, 
     assert {key: again[key] for key in ("AP", "AP50", "box_AP")} == pytest.approx(
         {key: metrics[key] for key in ("AP", "AP50", "box_AP")}, abs=1e-9
     )
-    done = call("predict", folder / "best.pt", scenes / "images", "--output", tmp_path / "out", "--threshold", "0.01")
+    done = call("predict", folder / "best.pt", scenes / "images", "--output", tmp_path / "out", "--threshold", "0")
     assert done.code == 0, done
     assert len(list((tmp_path / "out").glob("*.jpg"))) == 18
     row = json.loads((tmp_path / "out" / "results.json").read_text())[0]

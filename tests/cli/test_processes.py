@@ -77,7 +77,9 @@ def test_a_signal_to_the_one_who_waits_ends_all_and_is_resumed_by_one(scenes: Pa
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM
-    step = load_checkpoint(table.with_name("last.pt"))["step"]
+    last = load_checkpoint(table.with_name("last.pt"))
+    step = last["step"]
+    assert len(last["rng"]) == 2, "each process goes on with its own random numbers"
     assert said == f"qv: SIGTERM: stopped after step {step}; go on with: qv train --resume {table.parent}\n"
     more = ("--resume", table.parent, "--devices", "1", "--steps", str(step + 2))
     assert call("train", *more).code == 0

@@ -1,4 +1,4 @@
-"""Instance and panoptic segmentation from the command line: training, measuring, predicting, resuming."""
+"""Instance and panoptic segmentation from the command line: training, measuring, predicting."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from tiny import Call
 
 import queryvision
 from queryvision.data.coco import open_dataset
-from queryvision.engine.checkpoint import load_checkpoint
-from queryvision.engine.trainer import Trainer
 
 SMALL = [
     "model.backbone=resnet18", "model.width=32", "model.ffn_width=32", "model.encoder_layers=1", "model.decoder_layers=2",
@@ -77,26 +75,6 @@ def test_a_result_does_not_depend_on_its_neighbours(scenes: Path, tmp_path: Path
         alone = model.predict(picture, threshold=0.0)
         assert alone.masks.shape == (len(alone), *np.asarray(Image.open(picture)).shape[:2])
         torch.testing.assert_close(alone.scores, result.scores, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("task", NAMES)
-def test_it_resumes_bit_for_bit(task: str, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = load_checkpoint(trained(task, scenes, tmp_path / "whole") / "last.pt")
-    after = Trainer._after
-
-    def stop(self: Trainer, step: int) -> None:
-        after(self, step)
-        if step == 4:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Trainer, "_after", stop)
-    with pytest.raises(KeyboardInterrupt):
-        trained(task, scenes, tmp_path / "cut")
-    monkeypatch.setattr(Trainer, "_after", after)
-    resumed = load_checkpoint(trained(task, scenes, tmp_path / "cut", resume=True) / "last.pt")
-    assert resumed["step"] == 6
-    for part in ("model", "ema"):
-        assert all(torch.equal(value, resumed[part][name]) for name, value in whole[part].items())
 
 
 def test_panoptic_without_a_panoptic_file_is_one_clear_line(tmp_path: Path, scenes: Path, call: Call) -> None:

@@ -290,10 +290,10 @@ def test_boxes_over_the_edge_are_clipped(tmp_path: Path) -> None:
 
 
 def test_annotations_may_come_in_any_order(tmp_path: Path) -> None:
-    rows = [annotation(i, image_id=(10, 5)[i % 2], area=float(i)) for i in range(6)]
+    rows = [annotation(i, image_id=(10, 5)[i % 2], area=i + 1.0) for i in range(6)]
     dataset = opened(tmp_path, *rows)
     assert [dataset.read(i).annotations.ids.tolist() for i in range(2)] == [[0, 2, 4], [1, 3, 5]]
-    assert dataset.read(1).annotations.areas.tolist() == [1, 3, 5]
+    assert dataset.read(1).annotations.areas.tolist() == [2, 4, 6]
     assert {a["id"]: (a["image_id"], a["area"]) for a in dataset.ground_truth()["annotations"]} == {
         row["id"]: (row["image_id"], row["area"]) for row in rows
     }
@@ -313,6 +313,12 @@ def test_missing_area_and_crowd_are_filled_in(tmp_path: Path) -> None:
     assert dataset.read(0).annotations.areas.tolist() == [80]
     (entry,) = dataset.ground_truth()["annotations"]
     assert entry["area"] == 80 and entry["iscrowd"] == 0
+
+
+def test_an_area_of_zero_is_replaced(tmp_path: Path) -> None:
+    dataset = opened(tmp_path, annotation(area=0))
+    assert dataset.objects.areas.tolist() == [80] and [p.kept for p in dataset.problems] == [True]
+    assert dataset.ground_truth()["annotations"][0]["area"] == 80  # similarity of keypoints would be that of a dot
 
 
 def test_crowds_become_ignore_regions(tmp_path: Path) -> None:
@@ -441,6 +447,12 @@ def test_subset_and_pickle(tmp_path: Path) -> None:
     assert dataset.subset(99).image_ids.tolist() == [10, 5] and dataset.subset(1).image_ids.tolist() == [10]
     with pytest.raises(DataError):
         dataset.subset(0)
+
+
+def test_a_split_without_an_object_is_a_problem(tmp_path: Path) -> None:
+    write(tmp_path, coco([]))
+    report = check(tmp_path)
+    assert not report.ok and "no object to learn from" in report.lines()[-2]
 
 
 def test_splits_must_agree_about_classes(tmp_path: Path) -> None:

@@ -261,6 +261,15 @@ def test_evaluation_refuses_unreadable_images() -> None:
         list(evaluation_loader(Painted(broken=(4,)), evaluation_transform(32), 3, (), 3, workers=1))
 
 
+def test_what_goes_wrong_in_a_worker_is_not_taken_for_its_death() -> None:
+    def wrong(*_: object) -> Sample:
+        raise RuntimeError("a bug")
+
+    loader = train_loader(Painted(), wrong, 3, (), Painted().plan(), workers=1)
+    with pytest.raises(RuntimeError, match="a bug"):
+        next(iter(loader))
+
+
 def test_a_process_ends_with_its_workers_alive() -> None:
     """They ignore SIGTERM, by which `multiprocessing` would end them before it waits for them."""
     code = "from test_data_loader import *; Loop = train_loader(Painted(), training_transform('none', 32), 3, (), " \

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from queryvision.config import TrainSettings
 from queryvision.criterion import Criterion
 from queryvision.engine.checkpoint import load_checkpoint
 from queryvision.engine.health import Health
+from queryvision.engine.stopping import Stopped
 from queryvision.engine.trainer import Trainer
 from queryvision.errors import QueryVisionError
 from queryvision.structures import Batch
@@ -120,6 +122,49 @@ def test_bad_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
     again.load()
     with pytest.raises(QueryVisionError, match="step 7: .* 3 steps in a row"):
         again.fit()
+
+
+def test_a_step_without_room_loses_nothing_before_it(tmp_path: Path) -> None:
+    """Statistics of norms that it had moved are put back: the run goes on as if it had never been tried."""
+    trainer = run(tmp_path / "a", (), save_every=100)
+    tried = trainer.criterion.__call__
+
+    class Full(Criterion):
+        def __call__(self, outputs: Any, targets: Any, *given: Any) -> Any:
+            if trainer.progress.step == 4:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nAnd more.")
+            return tried(outputs, targets, *given)
+
+    trainer.criterion = Full(trainer.state.plain.heads.heads())
+    with pytest.raises(QueryVisionError, match="not the memory for step 5, the state is saved; try a smaller --batch-size"):
+        trainer.fit()
+    assert load_checkpoint(tmp_path / "a" / "last.pt")["step"] == 4
+    again = run(tmp_path / "a", ())
+    again.load()
+    again.fit()
+    whole = run(tmp_path / "b", ())
+    whole.fit()
+    for name, value in whole.state.plain.state_dict().items():
+        assert torch.equal(value, again.state.plain.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_breaks_off_an_evaluation_that_is_made_up_for(tmp_path: Path, name: signal.Signals) -> None:
+    trainer = run(tmp_path, (), eval_every=2)
+
+    def evaluate(model: Any) -> dict[str, float]:
+        signal.raise_signal(name)
+        pytest.fail("went on")
+
+    before, trainer.evaluate = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)], evaluate
+    with pytest.raises(Stopped, match=f"{name.name}: stopped after step 2; go on with") as stopped:
+        trainer.fit()
+    assert stopped.value.code == 128 + name and [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+    again = run(tmp_path, (), eval_every=2)
+    again.load()
+    again.fit()
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
+    assert [row["step"] for row in rows if row["val/AP"]] == ["2", "4", "6"]
 
 
 def test_a_scaler_that_has_nothing_left_to_scale_down_does_not_hide_the_gradient() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import pytest
 import torch
 from test_recomputation import model
@@ -32,5 +35,22 @@ def test_images_fit_as_long_as_there_is_room(monkeypatch: pytest.MonkeyPatch) ->
     assert all(p.grad is None for p in tried.parameters())
 
 
-def test_there_is_memory() -> None:
+def test_there_is_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1e8 < memory.free_memory(torch.device("cpu")) < 1e14
+    monkeypatch.setattr(memory, "_allowed", lambda: [8e6, 4e6])
+    assert memory.free_memory(torch.device("cpu")) == 4e6
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory.free_memory(torch.device("cpu")) == 1e6
+
+
+def test_a_container_may_have_less_than_its_host(tmp_path: Path) -> None:
+    """Limits of all control groups around a process; pages of files that nobody needs are not taken."""
+    own = tmp_path / "cgroup"
+    own.write_text("0::/job/step\n")
+    (tmp_path / "fs" / "job" / "step").mkdir(parents=True)
+    for folder, limit, used, files in (("job/step", "max", 500, 0), ("job", "1000", 700, 200)):
+        group = tmp_path / "fs" / folder
+        for name, text in (("max", limit), ("current", str(used)), ("stat", f"anon 9\ninactive_file {files}\n")):
+            (group / f"memory.{name}").write_text(text)
+    assert memory._allowed(tmp_path / "fs", own) == [math.inf, 500]
+    assert memory._allowed(tmp_path / "fs", tmp_path / "none") == [math.inf]

@@ -85,6 +85,12 @@ def test_processes_that_begin_at_once_share_one_file(tmp_path: Path, monkeypatch
     assert all((other.get(0, file) == 9).all() for other in others)
 
 
+def test_data_sets_that_look_alike_have_a_file_each(tmp_path: Path) -> None:
+    names, sizes = np.array(["a"]), np.array([[2, 3]])
+    files = {PixelCache(tmp_path, names, sizes, tmp_path / root).file for root in ("one", "two", "two/../two")}
+    assert len(files) == 2
+
+
 def test_half_an_image_is_not_taken(tmp_path: Path) -> None:
     sizes = np.array([[2, 3], [4, 5]])
     cache = PixelCache(tmp_path, np.array(["a", "b"]), sizes)

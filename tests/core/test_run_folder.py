@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ from queryvision.config import load_config
 from queryvision.engine.checkpoint import save_checkpoint
 from queryvision.engine.run_log import RunLog
 from queryvision.errors import CheckpointError, ConfigError
-from queryvision.run_folder import claim_folder, newest_run, take_folder
+from queryvision.run_folder import HELD, claim_folder, newest_run, take_folder
 
 
 @contextmanager
@@ -45,7 +47,7 @@ def test_settings_are_whole_on_a_full_disk(tmp_path: Path) -> None:
     take_folder(tmp_path, load_config("detection", None, {"train.seed": 1}))
     with full_after(100), pytest.raises(ConfigError, match=r"cannot write .*config\.yaml \("):
         take_folder(tmp_path, load_config("detection", None, {"train.seed": 2}))
-    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", HELD}
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["train"]["seed"] == 1
 
 
@@ -61,7 +63,23 @@ def test_what_a_killed_run_left_is_removed(tmp_path: Path, monkeypatch: pytest.M
     assert len(list(tmp_path.iterdir())) == 1
     (tmp_path / "mine.tmp").touch()
     take_folder(tmp_path, load_config("detection"))
-    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "mine.tmp"}
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "mine.tmp", HELD}
+
+
+def test_one_process_trains_in_a_folder(tmp_path: Path) -> None:
+    """And however it ends, the next one may."""
+    code = (
+        "import sys, time; from pathlib import Path; from queryvision.config import load_config; "
+        "from queryvision.run_folder import take_folder; "
+        "held = take_folder(Path(sys.argv[1]), load_config('detection')); print('held', flush=True); time.sleep(100)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    with pytest.raises(ConfigError, match="another process trains in this folder"):
+        take_folder(tmp_path, load_config("detection"))
+    other.kill()
+    other.communicate()
+    take_folder(tmp_path, load_config("detection")).close()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard

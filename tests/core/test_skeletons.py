@@ -53,6 +53,8 @@ def test_what_would_teach_or_judge_wrongly_is_refused(wrong: dict[str, object]) 
         (["a", "b"], None),  # nothing says a side
         (["left_eye", "nose"], None),  # no right one
         (["right_eye", "nose"], None),
+        (["left_eye", "right_eye", "l_ear", "r_ear"], None),
+        (["left_eye", "right_eye", "L ear", "R ear"], None),
     ],
 )
 def test_flip_pairs_by_name(names: list[str], pairs: object) -> None:
