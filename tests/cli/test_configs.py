@@ -91,7 +91,7 @@ def test_every_parameter_gets_a_gradient(name: str, scenes: Path) -> None:
     assert all(bool(p.grad.isfinite().all()) for p in trained.values() if p.grad is not None)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("/default")])
+@pytest.mark.parametrize("name", FEW)
 def test_every_parameter_gets_a_gradient_without_objects(name: str, scenes: Path) -> None:
     """Else a process without objects keeps the others waiting for ever."""
     model, batch = model_and_batch(name, scenes)
@@ -134,7 +134,10 @@ def test_a_step_waits_for_the_device_once(name: str, scenes: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("name", [*(name for name in FEW if name.endswith("/default")), "detection/detr_r50_coco"])
-def test_bf16_stays_close_to_float32(name: str, scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_close_to_float32(
+    name: str, dtype: torch.dtype, scenes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the same noise and the same pairs losses agree to 2 %, gradients are finite.
 
     Where queries are chosen among proposals, those of random weights are so alike that others are chosen, so there it is the
@@ -151,7 +154,7 @@ def test_bf16_stays_close_to_float32(name: str, scenes: Path, monkeypatch: pytes
     monkeypatch.setattr(matching, "assign", once)
     for enabled in (False, True):
         torch.manual_seed(0)
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        with torch.autocast("cpu", dtype, enabled=enabled):
             outputs = model(batch.images, batch.targets)
         found.append(Criterion(model.heads.heads(), model.steering)(outputs, batch.targets))
     found[1].total.backward()
