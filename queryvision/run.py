@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -26,18 +27,20 @@ from queryvision.engine.memory import images_that_fit
 from queryvision.engine.processes import make_accelerator, precision_of
 from queryvision.engine.run_log import summary
 from queryvision.engine.trainer import Trainer
+from queryvision.errors import QueryVisionError
 from queryvision.fitting import fit_to_data
 from queryvision.inference.drawing import grid
 from queryvision.inference.predictor import Predictor
 from queryvision.model.query_model import QueryModel
 from queryvision.registry import resolve_task
-from queryvision.run_folder import claim_folder, take_folder
+from queryvision.run_folder import LAST, claim_folder, holding, take_folder
 from queryvision.splits import data_warnings, evaluate_model, open_splits
 from queryvision.structures import Batch
 from queryvision.task import Task
 from queryvision.timing import Timer, untimed
 from queryvision.weights.finetune import start_from
 
+T = TypeVar("T")
 FEW = 500
 """Steps below which a run gets a warning."""
 
@@ -133,11 +136,20 @@ class Run:
             self.steps = trainer.steps
         return trainer
 
-    def fit(self, resume: bool) -> Path:
-        """Trains to the last step and leaves summary and pictures; returns the folder."""
+    def fit(self) -> Path:
+        """Trains to the last step, from where the folder stands; leaves summary and pictures; returns the folder.
+
+        Raises:
+            ConfigError: another run is in the folder, or it cannot be written; and as `trainer` and `Trainer.fit`.
+        """
+        with contextlib.ExitStack() as held:
+            trainer = self.trainer(self._first(lambda: self._resumes(held)))
+            # Only now: what is refused leaves no folder and spoils none.
+            folder = self.folder = trainer.folder = self._first(lambda: self._folder(held))
+            return self._train(trainer, folder)
+
+    def _train(self, trainer: Trainer, folder: Path) -> Path:
         config = self.config
-        trainer = self.trainer(resume)
-        folder = self.folder = trainer.folder = self._folder()  # only now: what is refused leaves no folder and spoils none
         self._announce(trainer.state.plain)
         progress = trainer.fit()
         if progress.skipped:
@@ -154,13 +166,37 @@ class Run:
             self.say(f"done: {folder}")
         return folder
 
-    def _folder(self) -> Path:
-        """The run's folder, ready to be written into; the first process makes it."""
+    def _resumes(self, held: contextlib.ExitStack) -> bool:
+        """Whether there is something to go on from; its folder is held first, so that nobody else goes on meanwhile."""
+        if self.folder is None:
+            return False
+        held.enter_context(holding(self.folder))
+        saved = (self.folder / LAST).is_file()
+        if not saved:
+            self.say(f"{self.folder} has saved nothing yet: starting at step 0")
+        return saved
+
+    def _folder(self, held: contextlib.ExitStack) -> Path:
+        """The run's folder, ready to be written into."""
         folder = self.folder
+        if folder is None:
+            folder = claim_folder(self.config)
+            held.enter_context(holding(folder))
+        take_folder(folder, self.config)
+        return folder
+
+    def _first(self, work: Callable[[], T]) -> T:
+        """What the first process makes of it, in all of them; its error, too, so that none waits for it."""
+        found: list[Any] = [None, None]
         if self.accelerator.is_main_process:
-            folder = folder or claim_folder(self.config)
-            self._held = take_folder(folder, self.config)
-        return cast(Path, broadcast_object_list([folder])[0])
+            try:
+                found[0] = work()
+            except QueryVisionError as error:
+                found[1] = error
+        broadcast_object_list(found)
+        if found[1] is not None:
+            raise found[1]
+        return cast(T, found[0])
 
     def _announce(self, model: QueryModel) -> None:
         parameters = sum(p.numel() for p in model.parameters()) / 1e6

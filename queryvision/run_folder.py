@@ -11,7 +11,6 @@ import fcntl
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
 import yaml
 
@@ -24,6 +23,8 @@ LAST = "last.pt"
 SETTINGS = "config.yaml"
 HELD = ".held"
 """Locked by the process that trains."""
+_OWN: set[Path] = set()
+"""Held by this process."""
 
 
 def claim_folder(config: Config) -> Path:
@@ -70,33 +71,45 @@ def named_run(path: str) -> Path:
     return folder
 
 
-def take_folder(folder: Path, config: Config) -> TextIO:
-    """Removes what was left unfinished in a run's folder and leaves the resolved configuration in it.
-
-    Returns:
-        A file that keeps other processes from taking the folder as long as it is open; however this one ends, it is closed.
+@contextlib.contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder; however a process ends, what it held is free.
 
     Raises:
-        ConfigError: another process trains there, or it cannot be written; the old configuration is untouched.
+        ConfigError: another run is in it, or it cannot be written.
     """
-    held = _hold(writable_folder(folder))
-    remove_unfinished(folder)
+    place, taken = folder.resolve(), f"{folder}: another run trains in this folder; wait for it, or end it first"
+    if place in _OWN:  # the system's locks are for other processes
+        raise ConfigError(taken)
+    try:
+        file = open(writable_folder(folder) / HELD, "w")  # noqa: SIM115
+    except OSError as error:
+        raise ConfigError(f"cannot write into {folder} ({error.strerror}); choose another folder") from error
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike that of flock not inherited by processes that read images
+        except OSError as error:  # a network's file system may have no locks
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ConfigError(taken) from None
+        _OWN.add(place)
+        try:
+            yield
+        finally:
+            _OWN.discard(place)
+
+
+def take_folder(folder: Path, config: Config) -> None:
+    """Removes what was left unfinished in a run's folder and leaves the resolved configuration in it.
+
+    Raises:
+        ConfigError: it cannot be written; the old one is untouched.
+    """
+    remove_unfinished(writable_folder(folder))
     try:
         with replacing(folder / SETTINGS) as file:
             file.write(yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
     except OSError as error:
         raise ConfigError(f"cannot write {folder / SETTINGS} ({error.strerror}); choose another folder") from error
-    return held
-
-
-def _hold(folder: Path) -> TextIO:
-    file = open(folder / HELD, "w")  # noqa: SIM115
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike that of flock not inherited by processes that read images
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise ConfigError(f"{folder}: another process trains in this folder; wait for it, or end it first") from None
-    return file  # a network's file system may have no locks
 
 
 def _names(config: Config) -> Iterator[Path]:

@@ -10,7 +10,7 @@ from queryvision.config import Config, changed, load_config
 from queryvision.engine.launch import launch
 from queryvision.errors import ConfigError
 from queryvision.run import Run
-from queryvision.run_folder import LAST, SETTINGS, named_run, newest_run
+from queryvision.run_folder import SETTINGS, named_run, newest_run
 
 FLAGS = {
     "data": "data.path",
@@ -100,20 +100,23 @@ def train(
         folder = newest_run(chosen) if resume else None
         if folder is not None and (folder / SETTINGS).is_file():
             chosen = _as_begun(chosen, load_config(task, str(folder / SETTINGS)))
-    if folder is not None and devices is None and "WORLD_SIZE" in os.environ:  # a launcher says how many go on
-        chosen = chosen.model_copy(update={"train": chosen.train.model_copy(update={"devices": None})})
+    if folder is not None and devices is None and not any(text.startswith("train.devices") for text in settings):
+        chosen = _as_launched(chosen)
     if (chosen.train.devices or 1) > 1 and "WORLD_SIZE" not in os.environ:
         return Path(launch(train, given, chosen.train.devices or 1))
-    go_on = folder is not None and (folder / LAST).is_file()
-    if folder is not None and not go_on:
-        print(f"{folder} has saved nothing yet: starting at step 0")
-    return Run(chosen, folder).fit(go_on)
+    return Run(chosen, folder).fit()
 
 
 def _as_begun(chosen: Config, begun: Config) -> Config:
     """What was chosen when the run began stays: bits and batches would be others on another machine."""
     kept = {key: getattr(begun.train, key) for key in ("precision", "batch_size") if getattr(chosen.train, key) == "auto"}
     return changed(chosen, {f"train.{key}": value for key, value in kept.items()})
+
+
+def _as_launched(chosen: Config) -> Config:
+    """As many processes as a launcher has started go on with a run, however many began it."""
+    world = int(os.environ.get("WORLD_SIZE", 0))
+    return changed(chosen, {"train.devices": world}) if world and chosen.train.devices else chosen
 
 
 def _text(path: str | Path | None) -> str | None:

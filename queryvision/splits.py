@@ -44,7 +44,7 @@ def open_splits(config: Config, task: Task) -> tuple[CocoDataset, CocoDataset]:
         raise DataError(f"{train.file}: holds no object to learn from in {len(train)} images; `qv data check {root}` tells why")
     if data.cache:
         for split in (train, val):
-            split.cache = PixelCache(data.cache, split.images.names, split.sizes, root)
+            split.cache = PixelCache(data.cache, split.images.names, split.sizes, f"{root}/{split.split}")
     return train, val
 
 

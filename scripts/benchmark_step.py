@@ -14,8 +14,9 @@ Assignment: costs and matching of 6 layers x 16 images x 100 or 300 queries x 20
 over all images, layer by layer). Criterion: the same and losses with their gradients, all layers at once and layer by layer.
 Peak memory is that of a process of its own which imports what its side needs and does three training steps: of all of it,
 above what it took once its model was made, and of its tensors (what counts on a GPU). `--half` runs both sides in bfloat16
-(autocast). `--apart` gives each side a process of its own and leaves the peer's memory as glibc manages it, as its users run
-it; without, both keep what they free (`queryvision.allocation`), as `qv` does. Needs the test extra.
+(autocast). `--apart`: each model has a process of its own in training steps, inference and memory, and that of the peer manages
+memory as glibc does, as its users run it; without, both keep what they free (`queryvision.allocation`), as `qv` does. Needs the
+test extra.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,13 @@ class Apart:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        if self.process.stdout.readline() != "done\n":
+        if not any(line == "done\n" for line in self.process.stdout):
             raise SystemExit("a process that was measured has ended")
+
+    def close(self) -> None:
+        """Ends it, and waits until its memory is free."""
+        self.process.kill()
+        self.process.communicate()
 
     def train(self, pixels: torch.Tensor, targets: Targets) -> None:
         self._ask({"train": list(pixels.shape)})
@@ -85,8 +91,16 @@ class Apart:
         self._ask({"infer": list(pixels.shape)})
 
 
+def end(sides: Iterable[Any]) -> None:
+    """Ends those that have a process of their own."""
+    for side in sides:
+        if isinstance(side, Apart):
+            side.close()
+
+
 def serve(side: str, name: str, variant: bool | float, device: str, half: bool) -> None:
     """Does what its parent writes, and says when it is done."""
+    torch.manual_seed(0)
     model: Any = (Ours if side == "ours" else Transformers)(name, variant, device, half)  # type: ignore[arg-type]
     work: dict[str, tuple[Any, ...]] = {}
     for line in sys.stdin:
@@ -231,6 +245,7 @@ def compare(model: str, only: Sequence[str], where: Where, rounds: int) -> list[
     results: list[dict[str, Any]] = []
     if {"training", "inference"} & set(only):
         ours, peer = where.ours(model), where.peer(model)
+        both = [ours, peer]
     if "training" in only:
         pixels, targets = training_work(where.device)
         pairs = [("as published", ours, peer)]
@@ -243,10 +258,12 @@ def compare(model: str, only: Sequence[str], where: Where, rounds: int) -> list[
         for what, a, b in pairs:
             steps = (lambda m=a: m.train(pixels, targets), lambda m=b: m.train(pixels, targets))
             results.append(interleaved(f"{model}: training step 2x480x640 / {what}", *steps, rounds))
+            end(side for side in (a, b) if side not in both)
         if "compiled" in only:
             quick = where.ours(model, compiled=True)
             steps = (lambda: quick.train(pixels, targets), lambda: peer.train(pixels, targets))
             results.append(interleaved(f"{model}: training step 2x480x640 / compiled", *steps, rounds))
+            end([quick])
         del pairs
     if "inference" in only:
         height, width = (640, 640) if model in REAL_TIME else (800, 1066)
@@ -262,6 +279,9 @@ def compare(model: str, only: Sequence[str], where: Where, rounds: int) -> list[
             for what, look in others.items():
                 name = f"{model}: inference 1x{height}x{width} / {what}"
                 results.append(interleaved(name, lambda: quick.infer(photo), look, rounds))
+            end([quick])
+    if {"training", "inference"} & set(only):
+        end(both)
     if "memory" in only:
         names = ("peak of a training process", "what the steps added", "peak of a step's tensors")
         for what, a, b in zip(names, *(peak_memory(side, model, where) for side in ("ours", "peer")), strict=True):
@@ -307,7 +327,7 @@ def main() -> None:
     torch.manual_seed(0)
     machine = torch.cuda.get_device_name() if where.device == "cuda" else f"{torch.get_num_threads()} threads"
     precision = "bfloat16" if where.half else "float32"
-    apart = ", each side in a process of its own" if where.apart else ""
+    apart = ", each model in a process of its own" if where.apart else ""
     print(f"torch {torch.__version__}, {machine}, {precision}, median of {options.rounds}, interleaved{apart}")
     results = [result for model in options.model for result in compare(model, options.only, where, options.rounds)]
     if "assignment" in options.only:

@@ -53,7 +53,10 @@ def native_precision(device: torch.device) -> Precision:
 
 def host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
     """Where processes meet without their devices, for whose work they would wait otherwise; all of them call it together."""
-    return cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if accelerator.num_processes > 1 else None
+    if accelerator.num_processes == 1:
+        return None
+    own = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    return cast(dist.ProcessGroup, own)
 
 
 def summed_on_host(values: Sequence[float], group: dist.ProcessGroup | None) -> list[float]:

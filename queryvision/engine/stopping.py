@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end a training after the step at hand, with everything saved."""
+"""SIGINT and SIGTERM end a training after the step at hand, or in an evaluation, with everything saved."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from signal import SIGTERM, Signals
@@ -77,6 +78,7 @@ class Trainer:
         self.health = Health(model, self.accelerator, settings.bad_steps)
         self.meeting = host_group(self.accelerator)
         self.asked, self.stopping = Asked(), 0  # which signal came, and which one all processes know of
+        self.updating = False  # whether weights are half those of the next step
         self.log: RunLog
 
     @property
@@ -89,7 +91,7 @@ class Trainer:
         """Runs to the last step, from the first or from where `load` left off.
 
         Raises:
-            QueryVisionError: losses are no longer finite, or validation data cannot be read.
+            QueryVisionError: losses are no longer finite, validation data cannot be read, or a step needs too much memory.
             Stopped: a signal came; the state is saved.
         """
         start = self.progress.step
@@ -118,24 +120,32 @@ class Trainer:
                         self._save()
                         self.accelerator.wait_for_everyone()  # a launcher ends the others as soon as one has ended
                         raise
-                    except (ConfigError, torch.OutOfMemoryError) as error:  # in the midst of a step
-                        raise self._broken_off(step, error) from error
+                    except ConfigError as error:  # in the midst of a step, as the next
+                        self._save_before(error)
+                        raise
+                    except torch.OutOfMemoryError as error:
+                        saved = ", the state before it is saved" if self._save_before(error) else ""
+                        raise QueryVisionError(
+                            f"the device has not the memory for step {step + 1}{saved}; try a smaller --batch-size (and "
+                            "train.accumulate) or data.image_size, or train.recompute"
+                        ) from error
                     self._after(step + 1)
         finally:
             self.log.close()
         return self.progress
 
-    def _broken_off(self, step: int, error: Exception) -> QueryVisionError:
-        """What to tell people of a step that could not be done; the state before it is saved where one process can do that."""
-        saved = self.accelerator.num_processes == 1 and self.progress.step == step
-        if saved:
-            self.health.undo()
-            self._read_health()
-            self._save()
-        if isinstance(error, QueryVisionError):
-            return error
-        less = "try a smaller --batch-size (and accumulate), data.image_size, or train.recompute"
-        return QueryVisionError(f"the device has not the memory for step {step + 1}{', the state is saved' * saved}; {less}")
+    def _save_before(self, error: Exception) -> bool:
+        """Saves the state before a step that was broken off, if one process can and no weight has moved yet."""
+        if self.accelerator.num_processes > 1 or self.updating:
+            return False
+        traceback.clear_frames(error.__traceback__)  # they hold what the step has computed
+        self.health.undo()
+        self.state.optimizer.zero_grad(set_to_none=True)
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._read_health()
+        self._save()
+        return True
 
     def _step(self, step: int, batches: Iterator[Batch]) -> None:
         began = time.perf_counter()
@@ -160,10 +170,11 @@ class Trainer:
             self.state.uncalled.refuse()
             norm = self.state.clipped(s.clip or math.inf)
             bad = self.health.end(step + 1, norm, losses, [i for batch in waiting for i in batch.targets.image_ids])
+            self.updating = True
             self.state.step(bad)
         with self.timer("average"):
             self.state.follow()
-        self.progress.step = step + 1
+        self.progress.step, self.updating = step + 1, False
         self.progress.add(losses, bad)
         self.log.advance(step + 1, sum(len(b.images.pixels) for b in waiting) * self.accelerator.num_processes)
         self.progress.seconds += time.perf_counter() - began
@@ -226,8 +237,7 @@ class Trainer:
             self._save()  # whatever happens meanwhile, the steps so far are not lost
             if not stopping:  # then there may be no time for it
                 try:
-                    with self.asked.breaking_off(alone):  # the others would wait for its results
-                        values |= self._evaluate(step)
+                    values |= self._evaluate(step)
                     self.progress.owed = None
                 except Interrupted:
                     stopping = self.asked.number
@@ -261,7 +271,9 @@ class Trainer:
         began = time.perf_counter()
         model = self.state.evaluated
         device = self.accelerator.device
-        with self.timer("evaluation"), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        drawn_apart = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+        alone = self.accelerator.num_processes == 1  # else the others would wait for its results
+        with self.timer("evaluation"), drawn_apart, self.asked.breaking_off(alone):
             metrics = self.evaluate(model)
         value = metrics.get(self.main_metric, 0.0)
         if self.progress.best is None or value > self.progress.best or math.isnan(self.progress.best):

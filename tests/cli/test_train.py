@@ -19,11 +19,12 @@ import yaml
 from tiny import TINY, Call, Run
 
 import queryvision
-from queryvision import run
+from queryvision import run, runs
 from queryvision.config import load_config
 from queryvision.engine import memory
 from queryvision.engine.checkpoint import load_checkpoint
 from queryvision.engine.trainer import Trainer
+from queryvision.run_folder import holding
 
 STEPS = ("--steps", "12", "--set", "train.log_every=2", "--set", "train.save_every=3", "--set", "train.eval_every=6")
 
@@ -115,6 +116,26 @@ def test_a_run_of_epochs_keeps_its_steps(call: Call, scenes: Path, tmp_path: Pat
         done = call("train", "--resume", folder, "--batch-size", "2", *flags)
         assert done.code == 0 and f" {steps} steps (" in done.out, done
         assert load_checkpoint(folder / "last.pt")["step"] == steps
+
+
+def test_two_runs_never_share_a_folder(call: Call, scenes: Path, tmp_path: Path) -> None:
+    """Neither a run that is resumed twice, nor a new one that somebody resumes."""
+    words = ("--data", scenes, *TINY, "--set", "evaluation.pictures=0", "--output", tmp_path, "--name", "run", "--steps", "1")
+    assert call("train", *words).code == 0
+    folder = tmp_path / "detection" / "run"
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    with holding(folder):
+        done = call("train", "--resume", folder, "--steps", "2")
+    assert done.code == 2 and done.err == f"qv: {folder}: another run trains in this folder; wait for it, or end it first\n"
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    assert call("train", "--resume", folder, "--steps", "2").code == 0
+
+
+def test_a_launcher_says_how_many_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, alone = (load_config("detection", None, {"train.devices": devices}) for devices in (2, None))
+    assert runs._as_launched(begun).train.devices == 2
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert runs._as_launched(begun).train.devices == 4 and runs._as_launched(alone) == alone
 
 
 def test_a_run_that_began_meanwhile_keeps_its_folder(

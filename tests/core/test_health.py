@@ -136,7 +136,7 @@ def test_a_step_without_room_loses_nothing_before_it(tmp_path: Path) -> None:
             return tried(outputs, targets, *given)
 
     trainer.criterion = Full(trainer.state.plain.heads.heads())
-    with pytest.raises(QueryVisionError, match="not the memory for step 5, the state is saved; try a smaller --batch-size"):
+    with pytest.raises(QueryVisionError, match="memory for step 5, the state before it is saved; try a smaller"):
         trainer.fit()
     assert load_checkpoint(tmp_path / "a" / "last.pt")["step"] == 4
     again = run(tmp_path / "a", ())
@@ -146,6 +146,21 @@ def test_a_step_without_room_loses_nothing_before_it(tmp_path: Path) -> None:
     whole.fit()
     for name, value in whole.state.plain.state_dict().items():
         assert torch.equal(value, again.state.plain.state_dict()[name]), name
+
+
+def test_half_a_step_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = run(tmp_path, (), save_every=2)
+    follow = trainer.state.follow
+
+    def full() -> None:
+        if trainer.progress.step == 3:
+            raise torch.OutOfMemoryError
+        follow()
+
+    monkeypatch.setattr(trainer.state, "follow", full)
+    with pytest.raises(QueryVisionError, match="not the memory for step 4; try"):
+        trainer.fit()
+    assert load_checkpoint(tmp_path / "last.pt")["step"] == 2
 
 
 @pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])

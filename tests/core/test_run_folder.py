@@ -19,7 +19,7 @@ from queryvision.config import load_config
 from queryvision.engine.checkpoint import save_checkpoint
 from queryvision.engine.run_log import RunLog
 from queryvision.errors import CheckpointError, ConfigError
-from queryvision.run_folder import HELD, claim_folder, newest_run, take_folder
+from queryvision.run_folder import claim_folder, holding, newest_run, take_folder
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def test_settings_are_whole_on_a_full_disk(tmp_path: Path) -> None:
     take_folder(tmp_path, load_config("detection", None, {"train.seed": 1}))
     with full_after(100), pytest.raises(ConfigError, match=r"cannot write .*config\.yaml \("):
         take_folder(tmp_path, load_config("detection", None, {"train.seed": 2}))
-    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", HELD}
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml"}
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["train"]["seed"] == 1
 
 
@@ -63,23 +63,27 @@ def test_what_a_killed_run_left_is_removed(tmp_path: Path, monkeypatch: pytest.M
     assert len(list(tmp_path.iterdir())) == 1
     (tmp_path / "mine.tmp").touch()
     take_folder(tmp_path, load_config("detection"))
-    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "mine.tmp", HELD}
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "mine.tmp"}
 
 
 def test_one_process_trains_in_a_folder(tmp_path: Path) -> None:
     """And however it ends, the next one may."""
     code = (
-        "import sys, time; from pathlib import Path; from queryvision.config import load_config; "
-        "from queryvision.run_folder import take_folder; "
-        "held = take_folder(Path(sys.argv[1]), load_config('detection')); print('held', flush=True); time.sleep(100)"
+        "import sys, time; from pathlib import Path; from queryvision.run_folder import holding\n"
+        "with holding(Path(sys.argv[1])): print('held', flush=True); time.sleep(100)"
     )
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert other.stdout is not None and other.stdout.readline() == "held\n"
-    with pytest.raises(ConfigError, match="another process trains in this folder"):
-        take_folder(tmp_path, load_config("detection"))
-    other.kill()
-    other.communicate()
-    take_folder(tmp_path, load_config("detection")).close()
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match="another run trains in this folder"), holding(tmp_path):
+            pass
+    finally:
+        other.kill()
+        other.communicate()
+    with holding(tmp_path), pytest.raises(ConfigError, match="another run trains"), holding(tmp_path / ".." / tmp_path.name):
+        pass
+    with holding(tmp_path):
+        pass
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard
