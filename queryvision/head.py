@@ -142,6 +142,8 @@ class Head(nn.Module):
         wants_pixels: reads the pixel map (`Memory.pixels`), which is made only where a head wants it.
         class_rows: patterns (`re.fullmatch`, within the head) of its parameters whose first axis is the classes, perhaps with
             further rows behind them; fine-tuning on other classes carries their rows over by class name.
+        readouts: parts of it that read what others made and shape none of it (their input is detached): their gradients are
+            clipped apart, so that they do not even shorten the others'.
     """
 
     name: str
@@ -150,6 +152,7 @@ class Head(nn.Module):
     weights: dict[str, float]
     published: ClassVar[dict[str, dict[str, str]]] = {}
     class_rows: tuple[str, ...] = ()
+    readouts: tuple[str, ...] = ()
     wants_pixels: bool = False
 
     def prepare(self, scene: Scene) -> Any:

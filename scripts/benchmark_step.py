@@ -275,7 +275,7 @@ def compare(model: str, only: Sequence[str], where: Where, rounds: int) -> list[
             others = {"compiled": lambda: peer.infer(photo)} if "compiled" in only else {}
             if "onnx" in only:
                 exported = OnnxRuntime(model, photo)
-                others["compiled, ONNX Runtime"] = lambda: exported.infer(photo)
+                others["compiled, ONNX Runtime" + " in float32" * where.half] = lambda: exported.infer(photo)
             for what, look in others.items():
                 name = f"{model}: inference 1x{height}x{width} / {what}"
                 results.append(interleaved(name, lambda: quick.infer(photo), look, rounds))

@@ -47,6 +47,7 @@ class RunState:
         optimizer: Accelerate's, around AdamW.
         average: of the weights, or None.
         progress: where the run stands.
+        reading: ids of the parameters of readouts, whose gradients are clipped apart.
         uncalled: parts to be compiled that nothing has called yet.
         rng: generators of all ranks of the checkpoint it was loaded from.
     """
@@ -71,6 +72,8 @@ class RunState:
             offsets_lr=settings.offsets_lr,
             norm_decay=settings.norm_decay,
         )
+        parts = [head.get_submodule(name) for head in model.heads.heads().values() for name in head.readouts]
+        self.reading = {id(parameter) for part in parts for parameter in part.parameters()}
         self.own_groups = [{key: group[key] for key in ("lr", "weight_decay", "names")} for group in groups]
         self.model: nn.Module = model if settings.shard else accelerator.prepare(model)
         self.optimizer = accelerator.prepare(torch.optim.AdamW(groups, fused=True))
@@ -104,8 +107,12 @@ class RunState:
             group["lr"] = own["lr"] * factor
 
     def clipped(self, limit: float) -> Tensor:
-        """Shortens the gradient to `limit` at most; returns the norm () it had, in all processes together."""
-        norm: Tensor = whole(self.accelerator.clip_grad_norm_(self.parameters, limit))
+        """Shortens the gradient to `limit` at most, that of readouts apart; returns the norm () it had in all processes."""
+        shaping = [p for p in self.parameters if id(p) not in self.reading]
+        norm: Tensor = whole(self.accelerator.clip_grad_norm_(shaping, limit))  # of several, this one unscales all
+        if len(shaping) < len(self.parameters):
+            reading = [p for p in self.parameters if id(p) in self.reading]
+            norm = norm + whole(torch.nn.utils.clip_grad_norm_(reading, limit))
         return norm
 
     def step(self, bad: Tensor) -> None:

@@ -51,6 +51,7 @@ class KeypointHead(Head):
     """
 
     name = "keypoints"
+    readouts = ("findable",)
     rows: Tensor
     real: Tensor
     sigmas: Tensor

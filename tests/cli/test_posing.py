@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import Call
+import torch
+from tiny import Call, trainer_of
 
 import queryvision
 from queryvision.data.scene_sprites import KEYPOINTS
+from queryvision.engine.run_log import RunLog
 
 SMALL = [
     "model.backbone=resnet18", "model.width=32", "model.ffn_width=32", "model.encoder_layers=1", "model.decoder_layers=2",
@@ -45,6 +47,18 @@ def test_from_training_to_pictures(grouped: bool, scenes: Path, tmp_path: Path, 
     result = queryvision.load(folder / "best.pt").predict(picture, threshold=0.0)
     assert result.keypoints.shape == (len(result), len(KEYPOINTS), 3)
     assert result.classes.skeletons[0] is not None and result.classes.skeletons[0].names == KEYPOINTS
+
+
+def test_keypoints_without_a_label_do_not_even_shorten_gradients(tmp_path: Path) -> None:
+    """A whole step with clipping: without `findable` all other weights become the same, bit for bit."""
+    weights = []
+    for findable in (0.0, 5.0):
+        trainer = trainer_of("keypoints", tmp_path, "train.clip=0.1", f"heads.keypoints.findable={findable}")
+        trainer.log = RunLog(tmp_path, 1, active=False)
+        trainer._step(0, trainer.batches(0))
+        weights.append(trainer.state.plain.state_dict())
+    changed = {name for name, value in weights[0].items() if not torch.equal(value, weights[1][name])}
+    assert changed and all(".findable." in name for name in changed)
 
 
 def test_a_class_with_unknown_pairs_is_named(scenes: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

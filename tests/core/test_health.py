@@ -23,7 +23,7 @@ from queryvision.engine.checkpoint import load_checkpoint
 from queryvision.engine.health import Health
 from queryvision.engine.stopping import Stopped
 from queryvision.engine.trainer import Trainer
-from queryvision.errors import QueryVisionError
+from queryvision.errors import CheckpointError, QueryVisionError
 from queryvision.structures import Batch
 
 SPOILED = 66  # an image id
@@ -146,6 +146,14 @@ def test_a_step_without_room_loses_nothing_before_it(tmp_path: Path) -> None:
     whole.fit()
     for name, value in whole.state.plain.state_dict().items():
         assert torch.equal(value, again.state.plain.state_dict()[name]), name
+
+
+def test_a_checkpoint_that_does_not_say_where_it_stood_is_one_line(tmp_path: Path) -> None:
+    run(tmp_path, (), steps=1).fit()
+    content = load_checkpoint(tmp_path / "last.pt")
+    torch.save({**content, "log": {"unheard": 1}}, tmp_path / "last.pt")
+    with pytest.raises(CheckpointError, match="lacks where its run stood"):
+        run(tmp_path, ()).load()
 
 
 def test_half_a_step_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
