@@ -100,8 +100,8 @@ def end(sides: Iterable[Any]) -> None:
 
 def serve(side: str, name: str, variant: bool | float, device: str, half: bool) -> None:
     """Does what its parent writes, and says when it is done."""
-    torch.manual_seed(0)
     model: Any = (Ours if side == "ours" else Transformers)(name, variant, device, half)  # type: ignore[arg-type]
+    torch.manual_seed(0)  # for both sides the same images and objects
     work: dict[str, tuple[Any, ...]] = {}
     for line in sys.stdin:
         for kind, shape in json.loads(line).items():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from queryvision.config import TrainSettings
 from queryvision.engine.checkpoint import load_resumable, load_weights, save_checkpoint
 from queryvision.engine.compilation import compile_parts
-from queryvision.engine.optimisation import AveragedWeights, backbone_body, freeze, parameter_groups
+from queryvision.engine.optimisation import AveragedWeights, backbone_body, freeze, parameter_groups, part_of
 from queryvision.engine.progress import LOGGED, Progress
 from queryvision.engine.randomness import random_state
 from queryvision.engine.recomputation import blocks, recompute
@@ -72,7 +72,8 @@ class RunState:
             offsets_lr=settings.offsets_lr,
             norm_decay=settings.norm_decay,
         )
-        parts = [head.get_submodule(name) for head in model.heads.heads().values() for name in head.readouts]
+        heads = model.heads.heads().items()
+        parts = [part_of(head, each, f"head '{name}': readouts") for name, head in heads for each in head.readouts]
         self.reading = {id(parameter) for part in parts for parameter in part.parameters()}
         self.own_groups = [{key: group[key] for key in ("lr", "weight_decay", "names")} for group in groups]
         self.model: nn.Module = model if settings.shard else accelerator.prepare(model)
@@ -107,7 +108,7 @@ class RunState:
             group["lr"] = own["lr"] * factor
 
     def clipped(self, limit: float) -> Tensor:
-        """Shortens the gradient to `limit` at most, that of readouts apart; returns the norm () it had in all processes."""
+        """Shortens the gradient to `limit` at most, that of readouts apart; returns a norm () of all, in all processes."""
         shaping = [p for p in self.parameters if id(p) not in self.reading]
         norm: Tensor = whole(self.accelerator.clip_grad_norm_(shaping, limit))  # of several, this one unscales all
         if len(shaping) < len(self.parameters):

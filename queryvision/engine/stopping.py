@@ -53,6 +53,8 @@ class Asked:
         Raises:
             Interrupted: a signal came.
         """
+        if allowed and self.number:
+            raise Interrupted
         self.breaking = allowed
         try:
             yield

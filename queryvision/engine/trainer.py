@@ -26,7 +26,7 @@ from queryvision.engine.health import Health
 from queryvision.engine.optimisation import lr_factor
 from queryvision.engine.processes import host_group, make_accelerator, summed_on_host
 from queryvision.engine.progress import Metrics, Progress
-from queryvision.engine.randomness import image_generators, set_random_state
+from queryvision.engine.randomness import image_generators, random_state, set_random_state
 from queryvision.engine.run_log import RunLog
 from queryvision.engine.state import RunState
 from queryvision.engine.stopping import Asked, Interrupted, Stopped, listening
@@ -78,6 +78,7 @@ class Trainer:
         self.health = Health(model, self.accelerator, settings.bad_steps)
         self.meeting = host_group(self.accelerator)
         self.asked, self.stopping = Asked(), 0  # which signal came, and which one all processes know of
+        self.drawn: dict[str, Any] = {}  # generators before the step
         self.updating = False  # whether weights are half those of the next step
         self.log: RunLog
 
@@ -140,6 +141,7 @@ class Trainer:
             return False
         traceback.clear_frames(error.__traceback__)  # they hold what the step has computed
         self.health.undo()
+        set_random_state([self.drawn], self.accelerator.device, self.settings.seed, 0, self.progress.step)
         self.state.optimizer.zero_grad(set_to_none=True)
         if self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -150,6 +152,7 @@ class Trainer:
     def _step(self, step: int, batches: Iterator[Batch]) -> None:
         began = time.perf_counter()
         s = self.settings
+        self.drawn = random_state(self.accelerator.device)
         self.state.begin_step(lr_factor(step, self.steps, s.schedule, s.warmup, s.flat, s.final, s.drop_at))
         waiting: list[Batch] = []
         lost: DataError | None = None

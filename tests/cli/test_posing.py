@@ -54,8 +54,10 @@ def test_keypoints_without_a_label_do_not_even_shorten_gradients(tmp_path: Path)
     weights = []
     for findable in (0.0, 5.0):
         trainer = trainer_of("keypoints", tmp_path, "train.clip=0.1", f"heads.keypoints.findable={findable}")
-        trainer.log = RunLog(tmp_path, 1, active=False)
-        trainer._step(0, trainer.batches(0))
+        trainer.log = RunLog(tmp_path, 2, active=False)
+        batches = trainer.batches(0)
+        for step in range(2):
+            trainer._step(step, batches)
         weights.append(trainer.state.plain.state_dict())
     changed = {name for name, value in weights[0].items() if not torch.equal(value, weights[1][name])}
     assert changed and all(".findable." in name for name in changed)

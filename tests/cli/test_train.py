@@ -24,6 +24,7 @@ from queryvision.config import load_config
 from queryvision.engine import memory
 from queryvision.engine.checkpoint import load_checkpoint
 from queryvision.engine.trainer import Trainer
+from queryvision.errors import ConfigError
 from queryvision.run_folder import holding
 
 STEPS = ("--steps", "12", "--set", "train.log_every=2", "--set", "train.save_every=3", "--set", "train.eval_every=6")
@@ -118,8 +119,8 @@ def test_a_run_of_epochs_keeps_its_steps(call: Call, scenes: Path, tmp_path: Pat
         assert load_checkpoint(folder / "last.pt")["step"] == steps
 
 
-def test_two_runs_never_share_a_folder(call: Call, scenes: Path, tmp_path: Path) -> None:
-    """Neither a run that is resumed twice, nor a new one that somebody resumes."""
+def test_two_runs_never_share_a_folder(call: Call, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is held before its state is read, so that nobody goes on from what another run replaces meanwhile."""
     words = ("--data", scenes, *TINY, "--set", "evaluation.pictures=0", "--output", tmp_path, "--name", "run", "--steps", "1")
     assert call("train", *words).code == 0
     folder = tmp_path / "detection" / "run"
@@ -128,10 +129,19 @@ def test_two_runs_never_share_a_folder(call: Call, scenes: Path, tmp_path: Path)
         done = call("train", "--resume", folder, "--steps", "2")
     assert done.code == 2 and done.err == f"qv: {folder}: another run trains in this folder; wait for it, or end it first\n"
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    load = Trainer.load
+
+    def held(self: Trainer) -> None:
+        with pytest.raises(ConfigError, match="another run"), holding(folder):
+            pass
+        load(self)
+
+    monkeypatch.setattr(Trainer, "load", held)
     assert call("train", "--resume", folder, "--steps", "2").code == 0
 
 
 def test_a_launcher_says_how_many_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
     begun, alone = (load_config("detection", None, {"train.devices": devices}) for devices in (2, None))
     assert runs._as_launched(begun).train.devices == 2
     monkeypatch.setenv("WORLD_SIZE", "4")

@@ -125,20 +125,22 @@ def test_bad_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
 
 
 def test_a_step_without_room_loses_nothing_before_it(tmp_path: Path) -> None:
-    """Statistics of norms that it had moved are put back: the run goes on as if it had never been tried."""
+    """Statistics of norms and random numbers are put back: the run goes on as if it had never been tried."""
     trainer = run(tmp_path / "a", (), save_every=100)
     tried = trainer.criterion.__call__
 
     class Full(Criterion):
         def __call__(self, outputs: Any, targets: Any, *given: Any) -> Any:
             if trainer.progress.step == 4:
+                torch.rand(3)  # as dropout does
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nAnd more.")
             return tried(outputs, targets, *given)
 
     trainer.criterion = Full(trainer.state.plain.heads.heads())
     with pytest.raises(QueryVisionError, match="memory for step 5, the state before it is saved; try a smaller"):
         trainer.fit()
-    assert load_checkpoint(tmp_path / "a" / "last.pt")["step"] == 4
+    last, drawn = load_checkpoint(tmp_path / "a" / "last.pt"), torch.Generator().manual_seed(trainer.settings.seed).get_state()
+    assert last["step"] == 4 and torch.equal(last["rng"][0]["torch"], drawn)
     again = run(tmp_path / "a", ())
     again.load()
     again.fit()
