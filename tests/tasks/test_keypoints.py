@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from samples import targets_of
@@ -228,6 +229,17 @@ def test_classes_with_the_same_names_and_other_sigmas_are_scored_apart() -> None
     assert sorted(r["category_id"] for r in evaluator.records) == [1, 2] and evaluator.compute()["AP"] == pytest.approx(1)
 
 
+def test_skeletons_are_drawn_where_the_points_are() -> None:
+    """Limbs between points that are more likely in the picture than not; others, and their limbs, are left out."""
+    classes = ClassMap((1,), ("face",), (True,), (FACE,))
+    points = torch.tensor([[60.0, 40, 0.9], [90, 40, 0.4], [60, 80, 0.8]])
+    result = replace(result_of(classes, [(0, points)], (120, 120)), scores=torch.ones(1))
+    drawn = np.asarray(TASK.draw(Image.new("RGB", (120, 120)), result))
+    lit = drawn.any(-1)
+    assert lit[40, 60] and lit[80, 60] and lit[60, 60], "left eye, mouth, and half-way on the limb"
+    assert not lit[40, 90] and not lit[60, 75], "right eye, and half-way from it to the mouth"
+
+
 def test_a_row_without_keypoints_is_not_written() -> None:
     classes = ClassMap.from_categories([{"id": 1, "name": "face", "keypoints": list(FACE.names)}, {"id": 2, "name": "car"}])
     assert TASK.records is not None
@@ -303,8 +315,7 @@ def test_denoised_points_are_as_similar_as_drawn() -> None:
     assert (noise.points[0, 1] == 0.5).all() and (noise.points[1, 0] == 0.5).all()  # nothing is labelled
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("grouped", [pytest.param(False, marks=pytest.mark.slow), True])  # the tasks' own test has the other
 def test_eight_figures_are_learned_by_heart(grouped: bool) -> None:
     torch.manual_seed(0)
     make = TASK.make_heads(
