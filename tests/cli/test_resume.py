@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from test_segmentation import SMALL
-from tiny import TASKS
+from tiny import TASKS, cut_after
 
 import queryvision
 from queryvision.engine.checkpoint import load_checkpoint
-from queryvision.engine.trainer import Trainer
 
 
 def trained(task: str, scenes: Path, output: Path, **more: object) -> Path:
@@ -24,19 +23,10 @@ def trained(task: str, scenes: Path, output: Path, **more: object) -> Path:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_it_resumes_bit_for_bit(task: str, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_resumes_bit_for_bit(task: str, scenes: Path, tmp_path: Path) -> None:
     whole = load_checkpoint(trained(task, scenes, tmp_path / "whole") / "last.pt")
-    after = Trainer._after
-
-    def stop(self: Trainer, step: int) -> None:
-        after(self, step)
-        if step == 4:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Trainer, "_after", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with cut_after(4):
         trained(task, scenes, tmp_path / "cut")
-    monkeypatch.setattr(Trainer, "_after", after)
     resumed = load_checkpoint(trained(task, scenes, tmp_path / "cut", resume=True) / "last.pt")
     assert resumed["step"] == 6
     for part in ("model", "ema"):

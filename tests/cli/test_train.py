@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny import TINY, Call, Run
+from tiny import TINY, Call, Run, cut_after
 
 import queryvision
 from queryvision import run, runs
@@ -261,7 +261,7 @@ def test_the_loss_falls_on_real_data(name: str, real_data, tmp_path: Path) -> No
     ],
     ids=["dino", "dfine"],
 )
-def test_denoising_resumes_bit_for_bit(own: list[str], scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_denoising_resumes_bit_for_bit(own: list[str], scenes: Path, tmp_path: Path) -> None:
     """Noise, deformable attention, proposals, live norms and mixed images hold the promise, too."""
     settings = [*own, "model.backbone=resnet18", "model.width=32", "model.ffn_width=32", "model.encoder_layers=1",
                 "model.decoder_layers=2", "model.num_queries=12", "model.denoising=6", "train.save_every=3",
@@ -276,17 +276,8 @@ def test_denoising_resumes_bit_for_bit(own: list[str], scenes: Path, tmp_path: P
     config = tmp_path / "run.yaml"
     config.write_text("task: detection\nname: run\n")
     whole = run(tmp_path / "whole", config=str(config))
-    after = Trainer._after
-
-    def stop(self: Trainer, step: int) -> None:
-        after(self, step)
-        if step == 4:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Trainer, "_after", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with cut_after(4):
         run(tmp_path / "cut", config=str(config))
-    monkeypatch.setattr(Trainer, "_after", after)
     assert load_checkpoint(tmp_path / "cut" / "detection" / "run" / "last.pt")["step"] == 3
     resumed = run(tmp_path / "cut", config=str(config), resume=True)
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 from queryvision.config import load_config
 from queryvision.engine.trainer import Trainer
@@ -41,6 +44,21 @@ def wait_for_rows(process: subprocess.Popen[str], table: Path) -> None:
 Call = Callable[..., Done]
 
 TASKS = ("detection", "instance", "panoptic", "keypoints", "instance+keypoints")
+
+
+@contextmanager
+def cut_after(step: int) -> Iterator[None]:
+    """Breaks a training off once it has done everything behind a step."""
+    after = Trainer._after
+
+    def stop(self: Trainer, done: int) -> None:
+        after(self, done)
+        if done == step:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_after", stop)
+        yield
 
 
 def trainer_of(task: str, folder: Path, *settings: str, **given: object) -> Trainer:
