@@ -76,11 +76,11 @@ def test_a_part_that_is_never_called_is_refused() -> None:
 def test_too_many_shapes_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", dynamic=False))
     monkeypatch.setattr("queryvision.engine.compilation.MOST", 2)
-    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 2)
-    part = nn.ModuleDict({"linear": nn.Linear(2, 2)})
-    uncalled = compile_parts(part, ["linear"])
-    for rows in (2, 3):
-        part["linear"](torch.ones(rows, 2))
-    uncalled.refuse()
-    with pytest.raises(ConfigError, match="'linear' met more than 2 shapes of batches; set data.multiple"):
-        part["linear"](torch.ones(4, 2))
+    with torch._dynamo.config.patch(recompile_limit=2):  # monkeypatch would delete the setting afterwards
+        part = nn.ModuleDict({"linear": nn.Linear(2, 2)})
+        uncalled = compile_parts(part, ["linear"])
+        for rows in (2, 3):
+            part["linear"](torch.ones(rows, 2))
+        uncalled.refuse()
+        with pytest.raises(ConfigError, match="'linear' met more than 2 shapes of batches; set data.multiple"):
+            part["linear"](torch.ones(4, 2))

@@ -62,6 +62,19 @@ def test_the_share_that_is_dropped() -> None:
     assert not dropout(x, 1.0, True).any() and not relu_dropout(x.clone(), 1.0, True).any()
 
 
+def test_the_seed_decides_what_is_dropped() -> None:
+    """So a checkpoint's random numbers bring it back; every draw differs from the one before, and from its neighbours."""
+    x = torch.ones(64, 101)
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append([dropout(x, 0.5, True) for _ in range(2)])
+    assert all(torch.equal(a, b) for a, b in zip(draws[0], draws[1], strict=True))
+    first, second, other = draws[0][0], draws[0][1], draws[2][0]
+    for a, b in ((first, second), (first, other), (first[1:], first[:-1]), (first[:, 1:], first[:, :-1])):
+        assert abs((a == b).double().mean().item() - 0.5) < 0.03
+
+
 def kept(call: Callable[[], Tensor]) -> list[Tensor]:
     """What a call keeps for the backward pass, each piece of memory once."""
     seen = {}
