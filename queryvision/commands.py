@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import inspect
 import json as json_module
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 
 from queryvision.assembly import Loaded, build_model, header, load_model, resolve
 from queryvision.config import changed, load_config
-from queryvision.data.classes import ClassMap
 from queryvision.data.coco import CocoDataset
 from queryvision.data.scenes import make_scenes
 from queryvision.engine.checkpoint import save_checkpoint
 from queryvision.errors import ConfigError, DataError
-from queryvision.inference.predictor import Predictor, as_array, find_pictures
+from queryvision.inference.predictor import Predictor, find_pictures
+from queryvision.inference.result_folder import ResultFolder
 from queryvision.outputs import writable_file, writable_folder
 from queryvision.registry import resolve_task
-from queryvision.results import Result
-from queryvision.splits import evaluate_model, open_split
+from queryvision.splits import Evaluation, open_split
 from queryvision.task import Evaluator
 from queryvision.weights import reader_of
 from queryvision.weights.reading import fill
@@ -84,7 +80,7 @@ def evaluate(
     if dataset.warning() and not quiet:
         print(f"warning: {dataset.warning()}")
     model = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    metrics, judge = evaluate_model(model, loaded.task, loaded.classes, dataset, config)
+    metrics, judge = Evaluation(loaded.task, loaded.classes, dataset, config)(model)
     if results_file is not None:
         _save(judge, results_file)
     return metrics
@@ -111,8 +107,8 @@ def _report_classes(loaded: Loaded, dataset: CocoDataset, quiet: bool) -> None:
 
 def predict(
     checkpoint: str | Path,
-    sources: Sequence[str],
-    output: str = "predictions",
+    sources: str | Path | Sequence[str | Path],
+    output: str | Path = "predictions",
     *,
     threshold: float | None = None,
     json: bool = False,
@@ -121,11 +117,13 @@ def predict(
     layers: int | None = None,
     overlap: float | None = None,
 ) -> Path:
-    """Draws results onto pictures.
+    """Draws results onto pictures, as viewers show them: turned as their EXIF says.
+
+    What was done when something ends it is kept, and the JSON files tell about it.
 
     Args:
         checkpoint: of ours.
-        sources: files, folders, glob patterns.
+        sources: a file, a folder, a glob pattern, or several of them; see `find_pictures`.
         output: folder for the overlays and `results.json` (COCO results format; `image_id` counts the pictures from 1).
         threshold: least score; None: that of the checkpoint's settings.
         json: print the results, too, and nothing else.
@@ -145,60 +143,15 @@ def predict(
     if threshold is not None and not 0 <= threshold <= 1:
         raise ConfigError(f"threshold = {threshold}: must be at least 0 and at most 1")
     predictor = Predictor(load_model(checkpoint, queries, layers), image_size=image_size, overlap=overlap)
-    pictures, folder = find_pictures(sources), writable_folder(output)
-    results_file = writable_file(folder / "results.json")
-    unread: list[str] = []
-    records: list[dict[str, Any]] = []
-    images: list[dict[str, Any]] = []
-    kept: dict[str, Result] = {}  # where the task writes more than records
-    taken = {path.resolve() for path in pictures}  # never draw over somebody's picture
-    for index, (path, picture) in enumerate(_readable(pictures, unread, quiet=json), 1):
-        result = predictor.predict(picture, threshold)
-        drawn = _free(folder, path.stem, taken)
-        predictor.task.draw(Image.fromarray(picture), result).save(drawn, quality=92)
-        records += filter(None, predictor.task.records(result, index))
-        if predictor.task.save is not None:
-            kept[drawn.stem] = result
-        height, width = result.size
-        images.append({"id": index, "file_name": str(path), "drawn": drawn.name, "width": width, "height": height})
-    if predictor.task.save is not None:
-        predictor.task.save(folder, kept, predictor.classes)
-    _write_results(folder, results_file, records, images, predictor.classes)
-    print(json_module.dumps(records) if json else f"{len(images)} pictures, {len(records)} objects -> {folder}")
-    if unread:
+    pictures, folder = find_pictures(sources, output), writable_folder(output)
+    found = ResultFolder(predictor, folder, pictures, quiet=json)
+    found.fill(threshold)
+    summary = f"{len(found.images)} pictures, {len(found.records)} objects -> {folder}"
+    print(json_module.dumps(found.records) if json else summary)
+    if unread := found.unread:
         more = f" and {len(unread) - 5} more" if len(unread) > 5 else ""
         raise DataError(f"{len(unread)} of {len(pictures)} pictures cannot be read: {', '.join(unread[:5])}{more}")
     return folder
-
-
-def _free(folder: Path, stem: str, taken: set[Path]) -> Path:
-    """The first of `stem.jpg`, `stem_2.jpg` ... that is neither a source nor already drawn."""
-    name, count = folder / f"{stem}.jpg", 1
-    while name.resolve() in taken:
-        count += 1
-        name = folder / f"{stem}_{count}.jpg"
-    taken.add(name.resolve())
-    return name
-
-
-def _readable(pictures: Sequence[Path], unread: list[str], quiet: bool) -> Iterator[tuple[Path, NDArray[Any]]]:
-    """Pictures as arrays; what cannot be read is noted and left out, the others are not lost."""
-    for path in pictures:
-        try:
-            yield path, as_array(path)
-        except DataError as error:
-            if not quiet:
-                print(f"skipped {error}")
-            unread.append(str(path))
-
-
-def _write_results(
-    folder: Path, file: Path, records: list[dict[str, Any]], images: list[dict[str, Any]], classes: ClassMap
-) -> None:
-    """COCO results, and beside the overlays which picture each `image_id` is and what the categories are called."""
-    categories = [{"id": i, "name": n} for i, n in zip(classes.ids, classes.names, strict=True)]
-    file.write_text(json_module.dumps(records))
-    (folder / "images.json").write_text(json_module.dumps({"images": images, "categories": categories}))
 
 
 def convert(source: str | Path, family: str, output: str | Path, *, dc5: bool | None = None) -> Path:

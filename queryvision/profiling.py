@@ -31,6 +31,7 @@ class Profile:
     Attributes:
         parts: {part of a step: seconds a step}; they sum to the step.
         evaluation: seconds an image.
+        share: of a run's time that its evaluations take, 0..1.
         images: a step.
         memory: peak of the GPU, else of the process, bytes.
         device: in words.
@@ -38,6 +39,7 @@ class Profile:
 
     parts: dict[str, float]
     evaluation: float
+    share: float
     images: int
     memory: int
     device: str
@@ -53,7 +55,8 @@ class Profile:
         return [
             *rows,
             f"{'step':12s} {1000 * self.step:9.1f} ms  {self.images / self.step:.1f} images/s, {self.images} images a step",
-            f"{'evaluation':12s} {1000 * self.evaluation:9.1f} ms  an image, reading and metrics included",
+            f"{'evaluation':12s} {1000 * self.evaluation:9.1f} ms  an image, reading and metrics included; "
+            f"{self.share:.1%} of a run with this train.eval_every",
             f"peak memory {self.memory / 2**20:,.0f} MB on {self.device}",
         ]
 
@@ -110,12 +113,17 @@ def profile(
             for step in range(WARM, WARM + steps):
                 trainer._step(step, batches)
         parts = {part: clock.seconds.get(part, 0.0) / steps for part in (*PARTS, "rest")}
+        total = len(run.val_data)
         run.val_data = run.val_data.subset(min(len(run.val_data), 4 * run.config.evaluation.batch_size))
+        trainer.evaluate(trainer.state.evaluated)  # the first one starts workers and reads annotations
         clock.seconds.clear()
         with clock("evaluation"):
             trainer.evaluate(trainer.state.evaluated)
-        images = run.config.train.images * run.config.train.accumulate
-        return Profile(parts, clock.seconds["evaluation"] / len(run.val_data), images, *_memory(run.accelerator.device))
+        train = run.config.train
+        each = clock.seconds["evaluation"] / len(run.val_data)
+        between = train.eval_every * sum(parts.values())
+        share = total * each / (total * each + between)
+        return Profile(parts, each, share, train.images * train.accumulate, *_memory(run.accelerator.device))
 
 
 def _memory(device: torch.device) -> tuple[int, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import random
@@ -18,7 +19,7 @@ from PIL import Image
 from queryvision.assembly import build_model, header, load_model, resolve
 from queryvision.config import Config, changed
 from queryvision.criterion import Criterion
-from queryvision.data.loader import BatchPlan, collate, train_loader
+from queryvision.data.loader import BatchPlan, collate, first_readable, train_loader
 from queryvision.data.phases import training_phases
 from queryvision.data.skeletons import flip_orders
 from queryvision.data.transforms import evaluation_transform, largest_area
@@ -34,7 +35,7 @@ from queryvision.inference.predictor import Predictor
 from queryvision.model.query_model import QueryModel
 from queryvision.registry import resolve_task
 from queryvision.run_folder import LAST, claim_folder, holding, take_folder
-from queryvision.splits import data_warnings, evaluate_model, open_splits
+from queryvision.splits import Evaluation, data_warnings, open_splits
 from queryvision.structures import Batch
 from queryvision.task import Task
 from queryvision.timing import Timer, untimed
@@ -93,7 +94,8 @@ class Run:
         model = build_model(self.config, self.task, self.classes).to(self.accelerator.device).train()
         name, side = self.config.data.augmentation, self.config.data.side
         resize = evaluation_transform(side)
-        sample = resize(self.train_data.read(int(np.diff(self.train_data.objects.offsets).argmax())))
+        fullest_first = np.argsort(-self.train_data.num_objects, kind="stable").tolist()
+        sample = resize(first_readable(self.train_data, fullest_first, []))
         largest = max(largest_area(name, side, (h, w)) for h, w in np.unique(self.train_data.sizes, axis=0).tolist())
 
         def batch(count: int) -> Batch:
@@ -254,7 +256,11 @@ class Run:
         return iter(loader)
 
     def _evaluate(self, model: QueryModel) -> dict[str, float]:
-        return evaluate_model(model, self.task, self.classes, self.val_data, self.config, self.accelerator)[0]
+        return self._evaluation(model)[0]
+
+    @functools.cached_property
+    def _evaluation(self) -> Evaluation:
+        return Evaluation(self.task, self.classes, self.val_data, self.config, self.accelerator)
 
     def _picture(self, folder: Path) -> None:
         """A grid of predictions on validation images."""

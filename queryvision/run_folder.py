@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fcntl
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,13 +29,14 @@ _OWN: set[Path] = set()
 
 
 def claim_folder(config: Config) -> Path:
-    """Makes the first free one of `run`, `run-2`, `run-3` ...; of runs that start together each gets its own.
+    """Makes the one after the newest of `run`, `run-2`, `run-3` ...; of runs that start together each gets its own.
 
     Raises:
         ConfigError: it cannot be made.
     """
     parent = writable_folder(Path(config.output) / config.task)
-    for folder in _names(config):
+    for number in itertools.count(_newest(config) + 1):
+        folder = _place(config, number)
         try:
             with contextlib.suppress(FileExistsError):
                 folder.mkdir()
@@ -45,15 +47,15 @@ def claim_folder(config: Config) -> Path:
 
 
 def newest_run(config: Config) -> Path:
-    """The newest run of a configuration's name.
+    """The newest run of a configuration's name: the one with the highest number.
 
     Raises:
         ConfigError: there is none.
     """
-    taken = list(itertools.takewhile(Path.exists, _names(config)))
-    if not taken:
-        raise ConfigError(f"--resume: there is no run {next(_names(config))}; start it without --resume, or name its folder")
-    return taken[-1]
+    number = _newest(config)
+    if not number:
+        raise ConfigError(f"--resume: there is no run {_place(config, 1)}; start it without --resume, or name its folder")
+    return _place(config, number)
 
 
 def named_run(path: str) -> Path:
@@ -112,7 +114,23 @@ def take_folder(folder: Path, config: Config) -> None:
         raise ConfigError(f"cannot write {folder / SETTINGS} ({error.strerror}); choose another folder") from error
 
 
-def _names(config: Config) -> Iterator[Path]:
-    first = Path(config.output) / config.task / config.name
-    yield first
-    yield from (first.with_name(f"{config.name}-{number}") for number in itertools.count(2))
+def _place(config: Config, number: int) -> Path:
+    """`run` is the first, `run-2` the second."""
+    return Path(config.output) / config.task / (config.name if number == 1 else f"{config.name}-{number}")
+
+
+def _newest(config: Config) -> int:
+    """The highest number of a run of this name; 0: there is none."""
+    first, form = _place(config, 1), re.compile(re.escape(config.name) + "-([2-9]|[1-9][0-9]+)")
+    found = (form.fullmatch(path.name) for path in first.parent.glob("*"))
+    numbers = sorted((int(match[1]) for match in found if match), reverse=True)
+    return next((n for n in numbers if _is_called(_place(config, n), config.name)), int(first.is_dir()))
+
+
+def _is_called(folder: Path, name: str) -> bool:
+    """Whether a folder is a run of this name, or nothing in it says otherwise: `run-2024` may be a name of its own."""
+    try:
+        settings = yaml.safe_load((folder / SETTINGS).read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return folder.is_dir()
+    return not isinstance(settings, dict) or settings.get("name", name) == name

@@ -11,7 +11,7 @@ from queryvision.config import Config
 from queryvision.data.classes import ClassMap
 from queryvision.data.coco import CocoDataset, check_same_classes, open_dataset, open_file
 from queryvision.data.layout import find_annotations
-from queryvision.data.loader import evaluation_loader
+from queryvision.data.loader import ImageInfo, Loader, evaluation_loader
 from queryvision.data.pixel_cache import PixelCache
 from queryvision.data.scenes import make_scenes
 from queryvision.data.transforms import evaluation_transform
@@ -19,6 +19,7 @@ from queryvision.data.union import unite
 from queryvision.engine.evaluation import evaluate
 from queryvision.errors import DataError
 from queryvision.model.query_model import QueryModel
+from queryvision.structures import Batch
 from queryvision.task import Evaluator, Shareable, Task
 
 
@@ -74,28 +75,43 @@ def data_warnings(train: CocoDataset, val: CocoDataset) -> list[str]:
     return warnings
 
 
-def evaluate_model(
-    model: QueryModel,
-    task: Task,
-    classes: ClassMap,
-    data: CocoDataset,
-    config: Config,
-    accelerator: Accelerator | None = None,
-) -> tuple[dict[str, float], Evaluator]:
-    """Metrics of a model on a data set with the settings of a configuration; several processes share the images."""
-    settings = config.evaluation
-    evaluator = task.evaluator(data.ground_truth(), classes, settings.evaluator)
-    share = (0, 1)
-    if accelerator is not None and isinstance(evaluator, Shareable):
-        share = (accelerator.process_index, accelerator.num_processes)
-    batches = evaluation_loader(
-        data,
-        evaluation_transform(config.data.side),
-        len(data.classes),
-        task.needs,
-        settings.batch_size,
-        config.data.workers,
-        *share,
-    )
-    limit, overlap = settings.max_results, settings.overlap
-    return evaluate(model, task, classes, batches, evaluator, limit, overlap, accelerator), evaluator
+class Evaluation:
+    """Judges models on a data set with the settings of a configuration; several processes share the images.
+
+    The processes that read images stay for the next time.
+
+    Args:
+        task: judges.
+        classes: of the models.
+        data: what they are judged on.
+        config: resolved.
+        accelerator: of the run, where there is one.
+    """
+
+    def __init__(
+        self, task: Task, classes: ClassMap, data: CocoDataset, config: Config, accelerator: Accelerator | None = None
+    ) -> None:
+        self.task, self.classes, self.data, self.config, self.accelerator = task, classes, data, config, accelerator
+        self.loaders: dict[tuple[int, int], Loader[tuple[Batch, list[ImageInfo]]]] = {}
+
+    def __call__(self, model: QueryModel) -> tuple[dict[str, float], Evaluator]:
+        """Metrics, the same in every process, and who found them."""
+        settings = self.config.evaluation
+        evaluator = self.task.evaluator(self.data.ground_truth(), self.classes, settings.evaluator)
+        share = (0, 1)
+        if self.accelerator is not None and isinstance(evaluator, Shareable):
+            share = (self.accelerator.process_index, self.accelerator.num_processes)
+        if share not in self.loaders:
+            self.loaders[share] = evaluation_loader(
+                self.data,
+                evaluation_transform(self.config.data.side),
+                len(self.data.classes),
+                self.task.needs,
+                settings.batch_size,
+                self.config.data.workers,
+                *share,
+                pin_memory=next(model.parameters()).is_cuda,
+            )
+        limits = settings.max_results, settings.overlap
+        found = evaluate(model, self.task, self.classes, self.loaders[share], evaluator, *limits, self.accelerator)
+        return found, evaluator

@@ -82,7 +82,8 @@ class Task:
         main_metric: what chooses the best checkpoint; more is better.
         finish: (heads, final round, results of a batch) -> results: what concerns an image as a whole; None: nothing does.
         source: which kind of annotation it learns from: lists of objects, or a segment for every pixel.
-        save: (folder, {file stem: result}, classes) writes further result files of `qv predict`; None: there are none.
+        save: (folder, {file stem: result}, classes) writes further result files of `qv predict`; None: there are none. It reads
+            the results once and in order, as in `items()`: pictures are looked at when their turn comes.
         parts: the tasks that this one joins; empty: it is no joint task.
     """
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from queryvision.assembly import build_model, resolve
 from queryvision.config import load_config
 from queryvision.data.classes import ClassMap
+from queryvision.data.skeletons import COCO_SIGMAS, Skeleton
 from queryvision.errors import ConfigError
 from queryvision.head import Head, View
 from queryvision.model.cross_attention import DeformableCrossAttention
@@ -26,6 +27,8 @@ from queryvision.structures import Features, ImageBatch, Memory, Queries
 
 COCO_ROWS = 91
 """Ids 0..90, as in the published checkpoints."""
+PERSON = 1
+"""The only one of them with keypoints."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Step:
 def trace(config: str = "detr_r50_coco", image: str = "800x600", *, task: str | None = None) -> list[Step]:
     """Runs a model of random weights on a random image and says what every part gave out.
 
-    A configuration without a data path gets COCO's classes: ids 0..90, as in the published checkpoints.
+    A configuration without a data path gets COCO's classes: ids 0..90, as in the published checkpoints, persons with keypoints.
 
     Args:
         config: name of a preset or a YAML file.
@@ -59,9 +62,17 @@ def trace(config: str = "detr_r50_coco", image: str = "800x600", *, task: str | 
     if settings.data.path:
         classes = open_split(found, settings.data.path, settings.data.train_split).classes
     else:
-        rows = range(COCO_ROWS)
-        classes = ClassMap(tuple(rows), tuple(str(i) for i in rows), (True,) * COCO_ROWS)
+        classes = _coco_classes()
     return trace_model(build_model(settings, found, classes), int(height), int(width))
+
+
+def _coco_classes() -> ClassMap:
+    """COCO's, as far as shapes depend on them; a person's 17 keypoints by name, without limbs."""
+    nose, *pairs = COCO_SIGMAS
+    names = [nose, *(f"{side}_{part}" for part in pairs for side in ("left", "right"))]
+    person, rows = Skeleton.from_category({"keypoints": names}), range(COCO_ROWS)
+    skeletons = tuple(person if i == PERSON else None for i in rows)
+    return ClassMap(tuple(rows), tuple(map(str, rows)), (True,) * COCO_ROWS, skeletons)
 
 
 @torch.inference_mode()

@@ -80,11 +80,11 @@ def check(path: Path | str, needs: Sequence[str] | None = None, source: Source =
     if not found:
         raise DataError(f"{root}: there are no annotations. Understood: {layout.LAYOUTS}; {layout.PANOPTIC_LAYOUTS}")
     if needs is not None:
-        names = dict.fromkeys(f.split for f in found if f.source == source) or {found[0].split: None}  # the latter will say why
+        names = _splits(found, needs, source) or [found[0].split]  # the latter will say why
         found = [Found(name, layout.find_annotations(root, name, needs, source), source) for name in names]
     splits: list[SplitReport] = []
     problems: list[Problem] = []
-    by_kind: dict[tuple[str, str], CocoDataset] = {}
+    by_kind: dict[tuple[str, str, str], CocoDataset] = {}
     for split, file, kind in found:
         try:
             dataset = open_file(root, split, file, _offered(file, kind) if needs is None else needs, source=kind)
@@ -98,12 +98,20 @@ def check(path: Path | str, needs: Sequence[str] | None = None, source: Source =
         if not splits[-1].num_objects:
             problems.append(Problem(str(file), None, "", "there is no object to learn from or to measure", False, "no object"))
         problems += dataset.problems + _decode_all(dataset)
-        family = (kind, file.stem.replace(split, ""))  # instances and keypoints of the same images may have other classes
+        family = (kind, *file.stem.rpartition(split)[::2])  # instances and keypoints of the same images may have other classes
         try:
             check_same_classes(by_kind.setdefault(family, dataset), dataset)
         except DataError as error:
             problems.append(Problem(str(file), None, "", str(error), False, "other classes"))
     return Report(root, splits, problems)
+
+
+def _splits(found: Sequence[Found], needs: Sequence[str], source: Source) -> list[str]:
+    """The usual splits, and those with a file of the kind that `needs` asks for: others may have been made for other tasks."""
+    people = {f.file for f in found if f.file.name.startswith(layout.PEOPLE)}
+    wanted = "keypoints" in needs and bool(people)
+    own = (f.split for f in found if f.source == source and (f.split in layout.SPLITS or (f.file in people) == wanted))
+    return list(dict.fromkeys(own))
 
 
 def _offered(file: Path, source: Source) -> tuple[str, ...]:

@@ -17,10 +17,12 @@ from queryvision.data.packed import ImageTable
 from queryvision.errors import DataError
 
 DUPLICATE_IMAGE = "duplicate image id"
+AMBIGUOUS_IMAGE = "image id of several pictures"
 NO_SEGMENTS = "image without segments"
 UNREADABLE_MAP = "unreadable label map"
 IMAGE_PROBLEMS = {
     DUPLICATE_IMAGE: "images dropped, their id occurs twice",
+    AMBIGUOUS_IMAGE: "images dropped with their annotations, their id stands for several pictures",
     NO_SEGMENTS: "images dropped, nothing says what is in them",
     UNREADABLE_MAP: "images cannot be used, their label map cannot be read",
 }
@@ -60,8 +62,10 @@ def real_categories(raw: dict[str, Any], file: Path) -> list[Any]:
 def image_table(rows: list[Any], classes: ClassMap, file: Path) -> tuple[ImageTable, list[Problem]]:
     """Checks and packs the images of a file.
 
+    Where an id stands for several pictures, nobody knows whose annotations are whose: none of them is used.
+
     Raises:
-        DataError: an image has no id, size or name, lies outside the data set or covers what is no category; or there is none.
+        DataError: an image has no id, size or name, lies outside the data set or covers what is no category; or none is of use.
     """
     for i, row in enumerate(rows):
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
@@ -75,14 +79,21 @@ def image_table(rows: list[Any], classes: ClassMap, file: Path) -> tuple[ImageTa
             row = rows[bad[0]]
             raise DataError(f"{file}: image '{row['file_name']}' has the {key} {row.get(key)!r}; a whole number is needed")
     ids = columns["id"][0]
-    first = np.sort(np.unique(ids, return_index=True)[1])
-    if not len(first):
-        raise DataError(f"{file}: there is no image in it")
-    names = np.array([row["file_name"] for row in rows])
-    twice = np.setdiff1d(np.arange(len(rows)), first)
-    problems = [Problem(str(file), None, names[i], f"image id {ids[i]} occurs twice", False, DUPLICATE_IMAGE) for i in twice]
+    names = np.array([row["file_name"] for row in rows], dtype=str)
     sizes = np.stack([columns["height"][0], columns["width"][0]], axis=1).astype(np.int32)
-    return ImageTable(ids[first], names[first], sizes[first], _covers([rows[i] for i in first], classes, file)), problems
+    _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
+    first = first[inverse]  # (n,) the first row that has the id
+    ambiguous = np.isin(ids, ids[(names != names[first]) | (sizes != sizes[first]).any(1)])
+    used = np.flatnonzero((first == np.arange(len(rows))) & ~ambiguous)
+    if not len(used):
+        raise DataError(f"{file}: there is no image in it{' whose id is its own' if rows else ''}")
+    problems = [
+        Problem(str(file), None, names[i], f"image id {ids[i]} stands for several pictures", False, AMBIGUOUS_IMAGE)
+        if ambiguous[i]
+        else Problem(str(file), None, names[i], f"image id {ids[i]} occurs twice", False, DUPLICATE_IMAGE)
+        for i in np.setdiff1d(np.arange(len(rows)), used)
+    ]
+    return ImageTable(ids[used], names[used], sizes[used], _covers([rows[i] for i in used], classes, file)), problems
 
 
 def _covers(rows: list[Any], classes: ClassMap, file: Path) -> NDArray[Any] | None:

@@ -8,15 +8,19 @@ of label maps (see `semantic`).
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
+from queryvision.data.paths import is_dir, is_file, listed, mode
 from queryvision.errors import DataError
 
 Source = Literal["instances", "panoptic"]
 ROBOFLOW = "_annotations.coco.json"
+PEOPLE = "person_keypoints"
 SPLITS = ("train", "val", "test")
 LAYOUTS = (
     "annotations/instances_{split}.json or instances_{split}2017.json with images/ or {split}2017/ (COCO), "
@@ -69,24 +73,24 @@ def find_all(path: Path | str) -> list[Found]:
     """Finds every annotation file of a data set.
 
     Returns:
-        In the order of `SPLITS`; empty where nothing is understood.
+        In the order of `SPLITS`; empty where nothing is understood. `find_annotations` finds each by its split.
 
     Raises:
-        DataError: the folder does not exist.
+        DataError: the folder does not exist or cannot be read, or an annotation file is a broken link.
     """
     root = _root(path)
     found: list[Found] = []
-    for file in sorted((root / "annotations").glob("*.json")):
-        match = re.fullmatch(r"(instances|person_keypoints|panoptic)_([A-Za-z]+).*", file.stem)
-        if match:
-            found.append(Found(match[2], file, "panoptic" if match[1] == "panoptic" else "instances"))
-    for folder in sorted(f for f in root.iterdir() if f.is_dir()):
-        if (folder / ROBOFLOW).is_file():
+    for file in listed(root / "annotations"):
+        match = re.fullmatch(rf"(instances|{PEOPLE}|panoptic)_(.+)\.json", file.name)
+        if match and is_file(file):
+            found.append(Found(_split_of(file, *match.groups()), file, "panoptic" if match[1] == "panoptic" else "instances"))
+    for folder in listed(root):
+        own = folder.name in (*SPLITS, "valid")  # others may be closed, such as `lost+found`
+        if (own or os.access(folder, os.X_OK)) and is_file(folder / ROBOFLOW):
             found.append(Found("val" if folder.name == "valid" else folder.name, folder / ROBOFLOW, "instances"))
-    for split in sorted({f.split for f in found} - {f.split for f in found if f.source == "panoptic"}):
-        composed = _panoptic_file(root, split)
-        if composed is not None:
-            found.append(Found(split, composed, "panoptic"))
+    mapped = {f.split for f in found if f.source == "panoptic"}
+    plain = [f for f in found if f.split not in mapped and f.file.name.startswith("instances_")]
+    found += [Found(f.split, f.file, "panoptic") for f in plain if _has_labels(root, f.split)]
     order = {name: i for i, name in enumerate(SPLITS)}
     return sorted(found, key=lambda item: order.get(item.split, len(order)))
 
@@ -114,17 +118,17 @@ def label_folder(root: Path, split: str) -> Path:
 def label_file(root: Path, split: str) -> Path | None:
     """What says which label values mean which categories; None: there is nothing."""
     files = (root / "annotations" / f"{name}.json" for name in (f"semantic_{split}", f"semantic_{split}2017", "semantic"))
-    return next((file for file in files if file.is_file()), None)
+    return next((file for file in files if is_file(file)), None)
 
 
 def image_folders(root: Path, split: str, file: Path) -> tuple[Path, ...]:
     """The folders in which an image of `file` may lie, in the order in which they are tried."""
     if file.name == ROBOFLOW:
         return (file.parent,)
-    tag = re.sub(r"^(instances|person_keypoints|panoptic)_", "", file.stem)
+    tag = re.sub(rf"^(instances|{PEOPLE}|panoptic)_", "", file.stem)
     names = dict.fromkeys(("", tag, f"{split}2017", split))
     folders = [name for name in names if name] + ["images"] + [f"images/{name}" for name in names if name] + ["."]
-    return tuple(folder for folder in (root / name for name in folders) if folder.is_dir())
+    return tuple(folder for folder in (root / name for name in folders) if is_dir(folder))
 
 
 def find_image(folders: Iterable[Path], file_name: str) -> Path:
@@ -135,12 +139,13 @@ def find_image(folders: Iterable[Path], file_name: str) -> Path:
         file_name: as the annotation file has it; `safe_name` must have passed it.
 
     Raises:
-        DataError: it lies in none of the folders.
+        DataError: it lies in none of the folders, is a broken link, or a folder may not be entered.
     """
     tried = []
     for folder in folders:
-        if (folder / file_name).is_file():
-            return folder / file_name
+        path = inside(folder, file_name)
+        if is_file(path):
+            return path
         tried.append(str(folder))
     raise DataError(f"image '{file_name}' is missing; looked in {', '.join(tried)}")
 
@@ -148,14 +153,25 @@ def find_image(folders: Iterable[Path], file_name: str) -> Path:
 def safe_name(file_name: str) -> bool:
     """Whether a file name of an annotation file stays inside the data set (links that the user set are trusted)."""
     path = PurePosixPath(file_name.replace("\\", "/"))
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and ":" not in path.parts[0]
+    elsewhere = path.is_absolute() or ".." in path.parts or "://" in file_name or re.match(r"[A-Za-z]:[\\/]", file_name)
+    return bool(path.parts) and not elsewhere
+
+
+def inside(folder: Path, file_name: str) -> Path:
+    """Where a file lies whose name, which `safe_name` has passed, may have backslashes for slashes, as Windows writes it.
+
+    Raises:
+        DataError: the folder may not be entered.
+    """
+    path = folder / file_name
+    return folder / file_name.replace("\\", "/") if "\\" in file_name and not is_file(path) else path
 
 
 def _root(path: Path | str) -> Path:
     root = Path(path)
-    if not root.exists():
+    if not mode(root):
         raise DataError(f"{root}: there is no such folder; give the root folder of the data set")
-    if not root.is_dir():
+    if not is_dir(root):
         raise DataError(f"{root}: is a file; give the root folder of the data set. Understood: {LAYOUTS}")
     return root
 
@@ -165,17 +181,19 @@ def _folders(split: str) -> tuple[str, ...]:
 
 
 def _object_file(root: Path, split: str, needs: Iterable[str]) -> Path | None:
-    kinds = ("person_keypoints", "instances") if "keypoints" in needs else ("instances",)
+    kinds = (PEOPLE, "instances") if "keypoints" in needs else ("instances",)
     found = next((file for kind in kinds if (file := _coco_file(root, kind, split))), None)
     beside = (root / name / ROBOFLOW for name in _folders(split))
-    return found or next((file for file in beside if file.is_file()), None)
+    return found or next((file for file in beside if is_file(file)), None)
 
 
 def _panoptic_file(root: Path, split: str) -> Path | None:
     found = _coco_file(root, "panoptic", split)
-    if found or label_file(root, split) is None or not any(folder.is_dir() for folder in _label_folders(root, split)):
-        return found
-    return _coco_file(root, "instances", split)
+    return _coco_file(root, "instances", split) if found is None and _has_labels(root, split) else found
+
+
+def _has_labels(root: Path, split: str) -> bool:
+    return label_file(root, split) is not None and any(is_dir(folder) for folder in _label_folders(root, split))
 
 
 def _label_folders(root: Path, split: str) -> list[Path]:
@@ -184,7 +202,7 @@ def _label_folders(root: Path, split: str) -> list[Path]:
 
 def _first_folder(folders: Iterable[Path], complaint: str) -> Path:
     folders = tuple(folders)
-    found = next((folder for folder in folders if folder.is_dir()), None)
+    found = next((folder for folder in folders if is_dir(folder)), None)
     if found is None:
         raise DataError(f"{complaint}; looked for {', '.join(str(folder) for folder in folders)}")
     return found
@@ -193,11 +211,22 @@ def _first_folder(folders: Iterable[Path], complaint: str) -> Path:
 def _coco_file(root: Path, kind: str, split: str) -> Path | None:
     stem = f"{kind}_{split}"
     for name in (stem, f"{stem}2017", *(f"{kind}_{alias}" for alias in _folders(split))):
-        if (root / "annotations" / f"{name}.json").is_file():
+        if is_file(root / "annotations" / f"{name}.json"):
             return root / "annotations" / f"{name}.json"
     # `instances_val*.json` must not find `instances_valid.json` for `val`, so a letter may not follow.
-    others = sorted(f for f in (root / "annotations").glob(f"{stem}*.json") if not f.stem[len(stem)].isalpha())
+    fitting = [f for f in listed(root / "annotations") if f.suffix == ".json" and f.stem.startswith(stem)]
+    others = [f for f in fitting if not f.stem[len(stem) :][:1].isalpha() and is_file(f)]
     if len(others) > 1:
         names = ", ".join(f.name for f in others)
         raise DataError(f"{root / 'annotations'}: {names} all fit split '{split}'; name the right one {stem}.json")
     return others[0] if others else None
+
+
+def _split_of(file: Path, kind: str, rest: str) -> str:
+    """The shortest split by which `{kind}_{rest}.json` is found: a usual one, `rest` without its year, or all of `rest`."""
+    usual, dated = re.sub("[^A-Za-z].*", "", rest), re.sub(r"[_-]?(19|20)\d\d$", "", rest)
+    for name in (usual if usual in SPLITS else "", dated):
+        with contextlib.suppress(DataError):  # several files fit
+            if name and _coco_file(file.parents[1], kind, name) == file:
+                return name
+    return rest

@@ -177,6 +177,21 @@ def evaluation_loader(
     return Loader(_data_loader(parts, range(len(batches)), workers, pin_memory), len(batches))
 
 
+def first_readable(dataset: ReadableDataset, indices: Sequence[int], skipped: list[str]) -> Sample:
+    """The first of some images that can be read; what is wrong with those before it is added to `skipped`.
+
+    Raises:
+        DataError: none of the first ten can be read.
+    """
+    tried = indices[:MAX_TRIES]
+    for index in tried:
+        try:
+            return dataset.read(index)
+        except DataError as error:
+            skipped.append(str(error))
+    raise DataError(f"{len(tried)} images in a row cannot be read, the last: {skipped[-1]}")
+
+
 class _From:
     """Counts from `start`, for ever; as a sampler it can be iterated again."""
 
@@ -219,13 +234,8 @@ class _TrainSteps(Dataset[Any]):
             return error
 
     def _read(self, skipped: list[str], index: int) -> Sample:
-        tries = min(MAX_TRIES, len(self.dataset))
-        for offset in range(tries):
-            try:
-                return self.dataset.read((index + offset) % len(self.dataset))
-            except DataError as error:
-                skipped.append(str(error))
-        raise DataError(f"{tries} images in a row cannot be read, the last: {skipped[-1]}")
+        number = len(self.dataset)
+        return first_readable(self.dataset, [(index + i) % number for i in range(min(MAX_TRIES, number))], skipped)
 
 
 @dataclass

@@ -7,6 +7,7 @@ Letters: n images, H, W height and width of an image in px.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from PIL import Image
 from queryvision.data import layout
 from queryvision.data.annotations import Problem, look_up
 from queryvision.data.coco_file import NO_SEGMENTS
-from queryvision.data.fields import integers
+from queryvision.data.fields import integers, is_number
 from queryvision.data.images import decoded
 from queryvision.data.packed import ImageTable
 from queryvision.errors import DataError
@@ -70,7 +71,7 @@ class PngMaps:
         Raises:
             DataError: it is missing, damaged, no RGB picture, or of another size than the image.
         """
-        return read_map(self.folder / self.name(index), self.sizes[index], _segment_ids, self.file)
+        return read_map(layout.inside(self.folder, self.name(index)), self.sizes[index], _segment_ids, self.file)
 
     def name(self, index: int) -> str:
         """File name of the map of an image."""
@@ -159,13 +160,13 @@ def segment_rows(
 
 
 def measure_segments(rows: Sequence[dict[str, Any]], images: ImageTable, maps: SegmentMaps) -> None:
-    """Fills in boxes and areas that a file does not say; only maps of images that lack some are read.
+    """Fills in boxes and areas that a file does not say, or says to be 0; only maps of images that lack some are read.
 
     A map that cannot be read is no news here: the segment then has no box, and the image is named when its turn comes.
     """
     lacking: dict[int, list[dict[str, Any]]] = {}
     for row in rows:
-        if row.get("bbox") is None or row.get("area") is None:
+        if _unsaid(row):
             lacking.setdefault(row["image_id"], []).append(row)
     position, _ = look_up(np.array(list(lacking), np.int64), images.ids)
     for index, members in zip(position.tolist(), lacking.values(), strict=True):
@@ -176,7 +177,14 @@ def measure_segments(rows: Sequence[dict[str, Any]], images: ImageTable, maps: S
         for row in members:
             mask = found == row.get("id", -1)
             if mask.any():
-                row.update({key: value for key, value in measured(mask).items() if row.get(key) is None})
+                row.update({key: value for key, value in measured(mask).items() if key in _unsaid(row)})
+
+
+def _unsaid(row: dict[str, Any]) -> list[str]:
+    """What of a segment's box and area has to be measured."""
+    area: Any = row.get("area")
+    said = {"bbox": row.get("bbox") is not None, "area": is_number(area) and 0 < area < math.inf}
+    return [key for key, known in said.items() if not known]
 
 
 def measured(mask: NDArray[Any]) -> dict[str, Any]:

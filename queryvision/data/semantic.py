@@ -100,7 +100,7 @@ class ComposedMaps:
 
     def label_map(self, index: int) -> NDArray[Any]:
         """(H,W) uint8, as stored; raises DataError."""
-        return read_map(self.labels / self.name(index), self.sizes[index], _values, self.file)
+        return read_map(layout.inside(self.labels, self.name(index)), self.sizes[index], _values, self.file)
 
     def name(self, index: int) -> str:
         """File name of the label map of an image."""

@@ -90,19 +90,22 @@ class Health:
         """
         steps, self.steps = self.steps, []
         flags = torch.cat([step.finite for step in steps]).tolist() if steps else []
-        lines = []
+        lines: list[str] = []
+        row: list[str] = []
         for step in steps:
             own, flags = flags[: len(step.names) + 1], flags[len(step.names) + 1 :]
             if own[-1]:
-                in_row = 0
+                in_row, row = 0, []
                 continue
             in_row += 1
             mine = [([name for name, good in zip(step.names, own, strict=False) if not good], step.image_ids)]
             every = gather_object(mine) if self.accelerator.num_processes > 1 else mine
             text = f"step {step.number}: {_what(every)}"
+            row.append(text)
             if in_row >= self.limit:
                 raise QueryVisionError(
-                    f"{text}, as in {in_row} steps in a row; the last checkpoint is kept. Try a lower --lr or --precision fp32"
+                    f"{row[0]}, the same up to step {step.number}, {in_row} steps in a row; the last checkpoint is kept. "
+                    "Try a lower --lr or --precision fp32"
                 )
             lines.append(f"{text}: the step is left out")
         return lines, in_row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -76,6 +77,8 @@ class RunState:
         parts = [part_of(head, each, f"head '{name}': readouts") for name, head in heads for each in head.readouts]
         self.reading = {id(parameter) for part in parts for parameter in part.parameters()}
         self.own_groups = [{key: group[key] for key in ("lr", "weight_decay", "names")} for group in groups]
+        # A 1x1 convolution's gradients may have other strides, which mean the same.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
         self.model: nn.Module = model if settings.shard else accelerator.prepare(model)
         self.optimizer = accelerator.prepare(torch.optim.AdamW(groups, fused=True))
         # Accelerate puts autocast around `forward`; here it stands around the training step, so that evaluation is float32.
@@ -118,8 +121,11 @@ class RunState:
 
     def step(self, bad: Tensor) -> None:
         """The optimiser's step, unless `bad` () is 1."""
-        if self.accelerator.scaler is None:  # else it says so itself
+        if self.accelerator.scaler is None:
             self.optimizer.optimizer.found_inf = everywhere(bad, self.parameters[0])
+        else:  # it knows of gradients, not of losses
+            for found in self.accelerator.scaler._found_inf_per_device(self.optimizer.optimizer).values():
+                found.add_(bad).clamp_(max=1)  # a kernel asks whether it is 1
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

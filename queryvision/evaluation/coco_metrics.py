@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from queryvision.data.annotations import look_up
 from queryvision.data.classes import ClassMap
 from queryvision.errors import ConfigError, DataError, nearest
 
@@ -66,8 +67,10 @@ def evaluate(
     if sigmas is not None and not all(sigma > 0 for sigma in sigmas):
         raise ConfigError(f"sigmas are {list(sigmas)}; each must be above 0")
     num_keypoints = NUM_COCO_KEYPOINTS if sigmas is None else len(sigmas)
-    truth = _prepare(ground_truth, classes, kind, num_keypoints)
-    rows = _select(records, truth, kind, num_keypoints)
+    # Backends take no negative ids. The order stays: it decides between equal scores.
+    places = {id_: place for place, id_ in enumerate(sorted({row["id"] for row in ground_truth["images"]}))}
+    truth = _prepare(ground_truth, places, classes, kind, num_keypoints)
+    rows = _select(records, places, classes, kind, num_keypoints)
     run = _hotcoco if resolve(backend) == "hotcoco" else _pycocotools
     return _summary(*run(truth, rows, kind, limits, sigmas), classes, kind, limits)
 
@@ -93,9 +96,14 @@ def resolve(backend: str) -> Literal["hotcoco", "pycocotools"]:
     raise ConfigError(f"there is no backend '{backend}': {nearest(backend, get_args(Backend))}")
 
 
-def _prepare(ground_truth: Mapping[str, Any], classes: ClassMap, kind: Kind, num_keypoints: int) -> dict[str, Any]:
-    """A copy that any backend reads alike: complete rows, known images and categories only, no key that is not needed."""
-    images = {row["id"]: {key: row[key] for key in ("id", "height", "width") if key in row} for row in ground_truth["images"]}
+def _prepare(
+    ground_truth: Mapping[str, Any], places: Mapping[int, int], classes: ClassMap, kind: Kind, num_keypoints: int
+) -> dict[str, Any]:
+    """A copy that any backend reads alike: complete rows, known images and categories only, no key that is not needed.
+
+    Images have their place for an id, categories the index of their class.
+    """
+    images = {row["id"]: {key: row[key] for key in ("height", "width") if key in row} for row in ground_truth["images"]}
     if kind == "segm" and not all(row.get("height") and row.get("width") for row in images.values()):
         raise DataError("ground truth: an image lacks its height or width, which masks need; add both to every row of 'images'")
     listed = ((row["id"], row.get("covered_category_ids")) for row in ground_truth["images"])
@@ -112,8 +120,8 @@ def _prepare(ground_truth: Mapping[str, Any], classes: ClassMap, kind: Kind, num
         area, crowd = row.get("area"), int(bool(row.get("iscrowd")))
         kept = {
             "id": len(annotations) + 1,  # pycocotools takes a match with annotation 0 for none
-            "image_id": row["image_id"],
-            "category_id": row["category_id"],
+            "image_id": places[row["image_id"]],
+            "category_id": classes.index_of_id[row["category_id"]],
             "bbox": [x, y, width, height],
             "area": width * height if area is None else float(area),
             "iscrowd": crowd,
@@ -128,26 +136,38 @@ def _prepare(ground_truth: Mapping[str, Any], classes: ClassMap, kind: Kind, num
             _check_keypoints(points, num_keypoints, f"annotation {row.get('id')} of the ground truth")
             kept |= {"keypoints": points, "num_keypoints": sum(v > 0 for v in points[2::3])}
         annotations.append(kept)
-    categories = [{"id": id_, "name": name} for id_, name in zip(classes.ids, classes.names, strict=True)]
-    return {"images": list(images.values()), "annotations": annotations, "categories": categories}
+    return {
+        "images": [{"id": places[id_], **row} for id_, row in images.items()],
+        "annotations": annotations,
+        "categories": [{"id": index, "name": name} for index, name in enumerate(classes.names)],
+    }
 
 
-def _select(records: Sequence[Record] | Array, truth: Record, kind: Kind, num_keypoints: int) -> list[Record] | Array:
-    """The records that can count, checked."""
-    images, categories = ([row["id"] for row in truth[key]] for key in ("images", "categories"))
+def _select(
+    records: Sequence[Record] | Array, places: Mapping[int, int], classes: ClassMap, kind: Kind, num_keypoints: int
+) -> list[Record] | Array:
+    """A copy of the records that can count, checked, with the ids of `_prepare`."""
     if isinstance(records, np.ndarray):
         if kind != "bbox" or records.shape[1:] != (7,):
             raise ValueError(f"only boxes may be an array, of shape (k,7); this is {kind}, {records.shape}")
         if not np.isfinite(records).all():
             raise DataError("results: a score or a box is not a finite number")
-        return records[np.isin(records[:, 0], images) & np.isin(records[:, 6], categories)]
-    known, named = set(images), set(categories)
-    rows = [row for row in records if row["image_id"] in known and row["category_id"] in named]
-    for row in rows:
+        image, known = look_up(records[:, 0], np.array(list(places)))
+        label, named = look_up(records[:, 6], np.array(classes.ids))
+        keep = known & named
+        table: Array = records[keep]
+        table[:, 0], table[:, 6] = image[keep], label[keep]
+        return table
+    rows = []
+    for row in records:
+        if row["image_id"] not in places or row["category_id"] not in classes.index_of_id:
+            continue
         if not math.isfinite(row["score"]):
             raise DataError(f"results of image {row['image_id']}: a score is {row['score']}; it must be a finite number")
         if kind == "keypoints":
             _check_keypoints(row["keypoints"], num_keypoints, f"results of image {row['image_id']}")
+        ids = {"image_id": places[row["image_id"]], "category_id": classes.index_of_id[row["category_id"]]}
+        rows.append({**row, **ids})
     return rows
 
 
@@ -191,7 +211,7 @@ def _pycocotools(
         known.dataset = truth
         known.createIndex()
         if len(rows):
-            found = known.loadRes(rows if isinstance(rows, np.ndarray) else [dict(row) for row in rows])  # it adds keys
+            found = known.loadRes(rows)
         else:  # loadRes looks at the first row to learn the kind
             found.dataset = {**truth, "annotations": []}
             found.createIndex()

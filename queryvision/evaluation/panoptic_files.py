@@ -19,6 +19,7 @@ from queryvision.data.coco_colors import colors_of
 from queryvision.data.images import read_image
 from queryvision.inference.drawing import segment_colors
 from queryvision.masks import SegmentMasks
+from queryvision.outputs import writable_folder
 from queryvision.results import Result
 
 Record = dict[str, Any]
@@ -71,31 +72,46 @@ def write_json(path: Path, images: Sequence[Record], annotations: Sequence[Recor
 def write_panoptic(folder: Path, results: Mapping[str, Result], classes: ClassMap) -> None:
     """Writes `panoptic.json` and `panoptic/<file stem>.png`; any COCO panoptic tool reads them.
 
+    Each PNG is written when its turn comes, and of the result only the rows that explain it are kept. However the iteration
+    over the results ends, the JSON explains the PNGs that were written.
+
     Args:
         folder: exists.
         results: {file stem: result with `SegmentMasks`}; images are numbered from 1 in this order.
         classes: of the model.
+
+    Raises:
+        ConfigError: there is no place for the PNGs.
     """
-    pictures = folder / "panoptic"
-    pictures.mkdir(exist_ok=True)
-    images, annotations = [], []
-    for image_id, (stem, result) in enumerate(results.items(), 1):
-        masks = segments_of(result)
-        rows, kept = occupied(masks.rows().cpu().numpy(), np.ones(len(masks), bool))
-        labels = result.labels[kept].tolist()
-        colors = segment_colors(labels, classes)
-        areas = np.bincount(rows.ravel())[1:].tolist()
-        segments = describe(areas, [classes.ids[label] for label in labels], colors, result.scores[kept].tolist())
-        name, (height, width) = f"{stem}.png", rows.shape
-        write_ids(pictures / name, np.array([0, *(segment["id"] for segment in segments)])[rows])
-        images.append({"id": image_id, "file_name": result.path or name, "height": height, "width": width})
-        annotations.append({"image_id": image_id, "file_name": name, "segments_info": segments})
-    kinds = zip(classes.ids, classes.names, classes.things, colors_of(classes), strict=True)
-    categories = [
-        {"id": id_, "name": name, "isthing": int(thing), **({"color": list(color)} if color else {})}
-        for id_, name, thing, color in kinds
-    ]
-    write_json(folder / "panoptic.json", images, annotations, categories)
+    pictures, file = writable_folder(folder / "panoptic"), folder / "panoptic.json"
+    file.unlink(missing_ok=True)  # an earlier one would lie beside new PNGs
+    images: list[Record] = []
+    annotations: list[Record] = []
+    try:
+        for image_id, (stem, result) in enumerate(results.items(), 1):
+            name, (height, width) = f"{stem}.png", segments_of(result).size
+            segments = _write_map(pictures / name, result, classes)
+            images.append({"id": image_id, "file_name": result.path or name, "height": height, "width": width})
+            annotations.append({"image_id": image_id, "file_name": name, "segments_info": segments})
+    finally:
+        kinds = zip(classes.ids, classes.names, classes.things, colors_of(classes), strict=True)
+        categories = [
+            {"id": id_, "name": name, "isthing": int(thing), **({"color": list(color)} if color else {})}
+            for id_, name, thing, color in kinds
+        ]
+        write_json(file, images, annotations, categories)
+
+
+def _write_map(path: Path, result: Result, classes: ClassMap) -> list[Record]:
+    """Writes the PNG of a result; gives its `segments_info`."""
+    masks = segments_of(result)
+    rows, kept = occupied(masks.rows().cpu().numpy(), np.ones(len(masks), bool))
+    labels = result.labels[kept].tolist()
+    areas = np.bincount(rows.ravel())[1:].tolist()
+    ids = [classes.ids[label] for label in labels]
+    segments = describe(areas, ids, segment_colors(labels, classes), result.scores[kept].tolist())
+    write_ids(path, np.array([0, *(segment["id"] for segment in segments)])[rows])
+    return segments
 
 
 def segments_of(result: Result) -> SegmentMasks:

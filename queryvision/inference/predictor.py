@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import glob
+import json
+import os
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from queryvision.assembly import Loaded, load_model
 from queryvision.config import changed
 from queryvision.data.classes import ClassMap
-from queryvision.data.images import DAMAGED, read_image, rgb_array
+from queryvision.data.images import DAMAGED, ORIENTATION, decoded, rgb_array
 from queryvision.data.loader import collate
 from queryvision.data.sample import Annotations, Sample
 from queryvision.data.transforms import evaluation_transform
@@ -25,6 +28,8 @@ from queryvision.results import Result
 
 Picture = str | Path | Image.Image | NDArray[Any]
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+IMAGES = "images.json"
+"""What `qv predict` writes about its pictures, beside their overlays."""
 
 
 class Predictor:
@@ -78,7 +83,8 @@ class Predictor:
             threshold: least score of a result, 0 keeps all; None: that of the checkpoint's settings.
 
         Returns:
-            One result, or a list of them for a list; boxes and masks in pixels of the original picture.
+            One result, or a list of them for a list; boxes and masks in pixels of the original picture. Files and PIL images
+            count as viewers show them, turned as their EXIF says; data sets, whose annotations refer to stored pixels, do not.
 
         Raises:
             DataError: a picture cannot be read.
@@ -118,7 +124,7 @@ class Predictor:
 
 
 def as_array(source: Picture) -> NDArray[Any]:
-    """A picture as an RGB array (H,W,3) uint8.
+    """A picture as an RGB array (H,W,3) uint8, upright: turned as its EXIF says, as viewers show it.
 
     Raises:
         DataError: it cannot be read or has another form.
@@ -126,10 +132,10 @@ def as_array(source: Picture) -> NDArray[Any]:
     if isinstance(source, (str, Path)):
         if not Path(source).is_file():
             raise DataError(f"there is no picture {source}")
-        return read_image(Path(source))
+        return decoded(Path(source), _upright)
     if isinstance(source, Image.Image):
         try:
-            return rgb_array(source)
+            return _upright(source)
         except DAMAGED as error:
             raise DataError(f"the picture cannot be read ({error})") from error
     if source.ndim != 3 or source.shape[2] != 3 or source.dtype != np.uint8 or not source.size:
@@ -137,27 +143,79 @@ def as_array(source: Picture) -> NDArray[Any]:
     return np.ascontiguousarray(source)
 
 
-def find_pictures(sources: Sequence[str]) -> list[Path]:
+def _upright(image: Image.Image) -> NDArray[Any]:
+    """An open picture as (H,W,3) uint8 RGB, turned as its EXIF says."""
+    pixels = rgb_array(image)  # and may turn a TIFF while it loads it
+    try:
+        orientation = image.getexif().get(ORIENTATION, 1)
+    except DAMAGED:  # says nothing
+        return pixels
+    if orientation not in range(2, 9):
+        return pixels
+    plain = Image.fromarray(pixels)  # of the picture itself Pillow would rewrite the whole EXIF, and stumble over damage in it
+    plain.getexif()[ORIENTATION] = orientation
+    return np.array(ImageOps.exif_transpose(plain))
+
+
+def find_pictures(sources: str | Path | Sequence[str | Path], output: str | Path | None = None) -> list[Path]:
     """Files, folders and glob patterns -> picture files, each once, sorted within a folder.
+
+    In folders hidden files and folders are left out; links to folders are followed, each folder once.
+
+    Args:
+        sources: one or several.
+        output: folder of a prediction. Where it lies within a folder or a pattern's it is left out; where it is that folder,
+            the overlays of an earlier prediction are.
 
     Raises:
         DataError: a source matches nothing.
     """
-    import glob
-
+    earlier = set() if output is None else _overlays(Path(output))
     found: dict[Path, None] = {}
-    for source in sources:
+    for source in [sources] if isinstance(sources, (str, Path)) else sources:
         path = Path(source)
-        if path.is_dir():
-            here = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-        elif path.is_file():
+        if path.is_file():
             here = [path]
         else:
-            here = sorted(Path(p) for p in glob.glob(source, recursive=True) if Path(p).is_file())
+            here = sorted(_below(path, output) if path.is_dir() else _matching(str(source), output))
+            here = [p for p in here if p.resolve() not in earlier]
         if not here:
             raise DataError(f"{source}: no such file, and no picture ({', '.join(sorted(SUFFIXES))}) found there")
         found.update(dict.fromkeys(here))
     return list(found)
+
+
+def _below(root: Path, output: str | Path | None) -> Iterator[Path]:
+    """Pictures in a folder and those below it, links to folders last: what lies here has its own name."""
+    seen = {os.path.realpath(root), *([] if output is None else [os.path.realpath(output)])}
+    for place, folders, files in os.walk(root, followlinks=True):
+        yield from (Path(place, name) for name in files if name[0] != "." and Path(name).suffix.lower() in SUFFIXES)
+        inner = sorted(folders, key=lambda name: (os.path.islink(os.path.join(place, name)), name))
+        folders.clear()
+        for name in inner:
+            real = os.path.realpath(os.path.join(place, name))
+            if name[0] != "." and real not in seen:
+                seen.add(real)
+                folders.append(name)
+
+
+def _matching(pattern: str, output: str | Path | None) -> Iterator[Path]:
+    """Files of a glob pattern, without those in an output folder that lies below where its wildcards begin."""
+    files = (Path(name) for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
+    start = Path(*takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts)).resolve()
+    if output is None or start not in Path(output).resolve().parents:
+        return files
+    folder = Path(output).resolve()
+    return (path for path in files if folder not in path.resolve().parents)
+
+
+def _overlays(output: Path) -> set[Path]:
+    """What an earlier prediction drew into its folder."""
+    try:
+        rows = json.loads((output / IMAGES).read_text())["images"]
+        return {(output / row["drawn"]).resolve() for row in rows}
+    except (OSError, ValueError, KeyError, TypeError):  # there was none
+        return set()
 
 
 def load(path: str | Path, *, queries: int | None = None, layers: int | None = None, **options: Any) -> Predictor:

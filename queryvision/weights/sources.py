@@ -123,12 +123,17 @@ def _timm_state(name: str) -> dict[str, Tensor]:
     config = timm.get_pretrained_cfg(name)
     files = ("model.safetensors", "pytorch_model.bin")
     hub = config.hf_hub_id if config is not None else None
+    url = (config.url if config is not None else None) or ""
+    file_name = url[1] if isinstance(url, tuple) else url.rpartition("/")[2]
     try:
         if hub and not any(isinstance(try_to_load_from_cache(hub, file), str) for file in files):
             _reach(ENDPOINT)  # the hub's own client would try for a minute
+        timm.models.set_pretrained_check_hash(_hash_of(file_name) is not None)  # it would take that of `16-600e.pth` for one
         return dict(timm.create_model(name, pretrained=True).state_dict())
     except (*UNREACHABLE, RuntimeError) as error:
         raise CheckpointError(f"weights = 'timm:{name}': cannot be fetched ({_reason(error)}); {INSTEAD}") from error
+    finally:
+        timm.models.set_pretrained_check_hash(False)  # timm's default
 
 
 def packaged_efficientnet_lite0() -> dict[str, Tensor]:

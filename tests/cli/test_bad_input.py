@@ -19,12 +19,15 @@ from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny import TINY, Call, Run
 
 from queryvision import config as configuration
+from queryvision.data.coco import CocoDataset, open_dataset
+from queryvision.engine import memory
 from queryvision.engine.checkpoint import load_checkpoint
 from queryvision.errors import CheckpointError
 from queryvision.weights import sources
@@ -187,6 +190,32 @@ def test_only_unreadable_images(refused: Refused, scenes: Path, tmp_path: Path) 
     for image in (scenes / "images").glob("train_*"):
         image.write_bytes(b"")
     refused("train", "--data", scenes, *ONE_STEP, "--output", tmp_path / "out", says="10 images in a row cannot be read")
+
+
+def test_the_fullest_image_may_be_missing(
+    call: Call, refused: Refused, spoil: Spoil, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--batch-size auto` tries others in its place; crowds make no image full."""
+    read: list[int] = []
+
+    def crowded(content: dict[str, Any]) -> None:
+        row = content["annotations"][0]
+        content["annotations"] += [{**row, "id": 10_000 + i, "iscrowd": 1} for i in range(20)]
+
+    data = spoil(crowded)
+    dataset = open_dataset(data, "train")
+    fullest = np.argsort(-dataset.num_objects, kind="stable").tolist()
+    dataset.path(fullest[0]).unlink()
+    reading = CocoDataset.read
+    monkeypatch.setattr(CocoDataset, "read", lambda self, index: read.append(index) or reading(self, index))
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1)
+    auto = (*ONE_STEP, "--batch-size", "auto")
+    done = call("train", "--data", data, *auto, "--output", tmp_path / "out")
+    assert done.code == 0 and "batch size 1, as many images as fit into memory" in done.out, done
+    assert read[:2] == fullest[:2]
+    for image in (data / "images").glob("train_*"):
+        image.write_bytes(b"")
+    refused("train", "--data", data, *auto, "--output", tmp_path / "none", says="10 images in a row cannot be read")
 
 
 @pytest.mark.parametrize(
@@ -536,7 +565,7 @@ def test_eval(refused: Refused, trained: Path, words: tuple[str, ...], says: str
 def test_results_that_cannot_be_written_are_told_before_the_work(
     refused: Refused, trained: Path, drawn_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("queryvision.commands.evaluate_model", lambda *_, **__: pytest.fail("worked in vain"))
+    monkeypatch.setattr("queryvision.commands.Evaluation", lambda *_, **__: pytest.fail("worked in vain"))
     monkeypatch.setattr("queryvision.inference.predictor.Predictor.predict", lambda *_, **__: pytest.fail("worked in vain"))
     (tmp_path / "file").write_text("here")
     inside, picture = tmp_path / "file" / "x.json", drawn_once / "images" / "val_00000.png"

@@ -132,6 +132,8 @@ def test_profile_adds_up_and_leaves_nothing(
     assert found.images == 4 and found.evaluation > 0 and found.memory > 2**20
     shares = [float(line.split()[3].rstrip("%")) for line in found.lines()[: len(found.parts)]]
     assert sum(shares) == pytest.approx(100, abs=1)
+    judging = 6 * found.evaluation  # images of the validation split; the run evaluates every 200 steps
+    assert found.share == pytest.approx(judging / (judging + 200 * found.step))
     done = call("profile", "--data", drawn_once, *TINY[:-2], "--steps", "1")
     assert done.code == 0 and "images/s" in done.out and "peak memory" in done.out
     assert list(tmp_path.iterdir()) == []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import pickle
 import re
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from queryvision.data.coco import CocoDataset, check_same_classes, open_dataset
 from queryvision.data.images import read_image
 from queryvision.data.view import view
 from queryvision.errors import DataError
+from queryvision.evaluation import evaluate
 
 CATEGORIES = [{"id": 7, "name": "cat", "keypoints": ["head", "tail"]}, {"id": 3, "name": "dog"}]
 
@@ -94,6 +97,134 @@ def test_ambiguous_files_are_refused(tmp_path: Path) -> None:
     write(tmp_path, coco(), "annotations/instances_train_b.json")
     with pytest.raises(DataError, match="instances_train_a.json, instances_train_b.json"):
         open_dataset(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("stems", "splits"),
+    [
+        (("instances_fold0", "instances_fold1"), ("fold0", "fold1")),
+        (("instances_train_a", "instances_train_b"), ("train_a", "train_b")),
+        (("instances_train", "instances_train_a2017"), ("train", "train_a")),
+        (("instances_train_a", "instances_val-2014"), ("train", "val")),  # training needs no more of their names
+        (("instances_val2014", "instances_val_small"), ("val2014", "val_small")),
+        (("instances_a", "instances_b"), ("a", "b")),
+        (("instances_train", "person_keypoints_minitrain2017"), ("train",)),  # made for another task
+    ],
+)
+def test_splits_have_any_name(tmp_path: Path, stems: tuple[str, ...], splits: tuple[str, ...]) -> None:
+    for stem in stems:
+        write(tmp_path, coco(), f"annotations/{stem}.json")
+    assert tuple(split.split for split in check(tmp_path, ()).splits) == splits
+    for stem, split in zip(stems, splits, strict=False):
+        assert open_dataset(tmp_path, split).file.stem == stem
+    with pytest.raises(DataError, match=f"it has the splits .*{splits[0]}"):
+        open_dataset(tmp_path, "nothing")
+
+
+@pytest.mark.parametrize("names", [("fold0", "fold1"), ("a", "b")])
+def test_splits_of_any_name_are_compared(tmp_path: Path, names: tuple[str, str]) -> None:
+    for name, cow in zip(names, ("cat", "cow"), strict=True):
+        write(tmp_path, coco(categories=[{"id": 7, "name": cow}]), f"annotations/instances_{name}.json")
+    assert [p.kind for p in check(tmp_path, ()).problems] == ["other classes"]
+
+
+def test_splits_of_people_are_those_of_their_files(tmp_path: Path) -> None:
+    posed = coco([annotation(keypoints=[1, 2, 2, 0, 0, 0])])
+    write(tmp_path, coco(categories=[{"id": 7, "name": "cat"}]), "annotations/instances_minitrain2017.json")
+    write(tmp_path, posed, "annotations/person_keypoints_train2017.json")
+    assert [split.split for split in check(tmp_path, ("keypoints",)).splits] == ["train"]
+
+
+def test_broken_links_are_named(tmp_path: Path) -> None:
+    file = write(tmp_path, coco()) / "annotations" / "instances_train.json"
+    file.rename(tmp_path / "annotations" / "other.json")
+    for name in ("instances_train.json", "instances_train_x.json"):
+        link = file.with_name(name)
+        link.symlink_to("gone.json")
+        for read in (lambda: open_dataset(tmp_path, "train"), lambda: check(tmp_path)):
+            with pytest.raises(DataError, match=f"{name}: is a broken link; mend or remove it"):
+                read()
+        link.unlink()
+    file.mkdir()
+    with pytest.raises(DataError, match="no annotations of split 'train'"):
+        open_dataset(tmp_path, "train")
+    file.rmdir()
+    file.symlink_to("other.json")
+    (tmp_path / "images" / "a.png").unlink()
+    (tmp_path / "images" / "a.png").symlink_to("gone.png")
+    with pytest.raises(DataError, match=r"instances_train\.json: .*a\.png: is a broken link"):
+        open_dataset(tmp_path, "train").read(0)
+
+
+def test_names_too_long_for_a_path(tmp_path: Path) -> None:
+    content = coco()
+    content["images"][0]["file_name"] = f"{'x' * 300}.png"
+    dataset = open_dataset(write(tmp_path, content), "train")
+    with pytest.raises(DataError, match=r"instances_train\.json: .*xx\.png: cannot be looked at \(File name too long\)"):
+        dataset.read(0)
+    assert [p.kind for p in check(tmp_path).problems] == ["unreadable image"]
+    for path, split in ((tmp_path, "y" * 300), (tmp_path / ("y" * 300), "train")):
+        with pytest.raises(DataError, match="yyy.*cannot be looked at"):
+            open_dataset(path, split)
+
+
+def close(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Nobody may enter the folder; the rights themselves do not bind a root user."""
+    stat, access = Path.stat, os.access
+
+    def refusing(path: Path, **options: Any) -> os.stat_result:
+        if folder in path.parents:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refusing)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder and access(path, mode))
+
+
+@pytest.mark.parametrize("closed", ["", "annotations", "images", "train"])
+def test_folders_that_may_not_be_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed: str) -> None:
+    write(tmp_path, coco(), images=closed if closed == "train" else "images")
+    close(monkeypatch, tmp_path / closed)
+    with pytest.raises(DataError, match=r"cannot be looked at \(Permission denied\)") as error:
+        open_dataset(tmp_path, "train").read(0)
+    assert str(tmp_path / closed) in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(DataError, match="Permission denied"):
+        check(tmp_path, ())
+
+
+def test_folders_of_others_may_be_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (write(tmp_path, coco()) / "lost+found").mkdir()
+    close(monkeypatch, tmp_path / "lost+found")
+    assert check(tmp_path).ok
+
+
+@pytest.mark.parametrize(
+    ("name", "lies"),
+    [
+        ("2024-05-01_12:30:05.jpg", "2024-05-01_12:30:05.jpg"),
+        ("c:x.jpg", "c:x.jpg"),
+        ("cam\\a.jpg", "cam/a.jpg"),  # written on Windows
+        ("cam\\a.jpg", "cam\\a.jpg"),  # a name that Linux allows
+    ],
+)
+def test_names_that_stay_inside(tmp_path: Path, name: str, lies: str) -> None:
+    content = coco()
+    content["images"][0]["file_name"] = name
+    (write(tmp_path, content) / "images" / "cam").mkdir()
+    (tmp_path / "images" / "a.png").rename(tmp_path / "images" / lies)
+    assert Path(open_dataset(tmp_path, "train").read(0).path) == tmp_path / "images" / lies
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../a.png", "..\\a.png", "b/../../a.png", "b\\..\\..\\a.png", "b\\../../a.png", "\\a.png", "\\\\host\\a.png", "/a.png",
+     "C:\\a.png", "c:/a.png", "http://host/a.png", "file:///a.png", ""],
+)  # fmt: skip
+def test_names_that_lead_outside(tmp_path: Path, name: str) -> None:
+    content = coco()
+    content["images"][0]["file_name"] = name
+    with pytest.raises(DataError, match="lies outside the data set"):
+        open_dataset(write(tmp_path, content), "train")
 
 
 def test_wrong_paths_and_files_give_one_line(tmp_path: Path) -> None:
@@ -301,11 +432,55 @@ def test_annotations_may_come_in_any_order(tmp_path: Path) -> None:
 
 def test_duplicate_image_id_is_reported(tmp_path: Path) -> None:
     content = coco()
-    content["images"].append({"id": 10, "file_name": "b.png", "width": 20, "height": 50})
+    content["images"].append(content["images"][0])
     dataset = open_dataset(write(tmp_path, content), "train")
-    assert dataset.image_ids.tolist() == [10, 5] and dataset.name(0) == "a.png"
+    assert dataset.image_ids.tolist() == [10, 5] and dataset.name(0) == "a.png" and dataset.objects.ids.tolist() == [1]
     assert "image id 10 occurs twice" in str(dataset.problems[0])
-    assert "1 images dropped" in (dataset.warning() or "")
+    assert "1 images dropped, their id occurs twice" in (dataset.warning() or "")
+
+
+@pytest.mark.parametrize("change", [{"file_name": "b.png"}, {"width": 41}])
+def test_an_image_id_of_several_pictures_is_none(tmp_path: Path, change: dict[str, Any]) -> None:
+    content = coco([annotation(1), annotation(2, image_id=5, bbox=[1, 2, 3, 4])])
+    content["images"] += [content["images"][0] | change, content["images"][0]]
+    dataset = open_dataset(write(tmp_path, content), "train")
+    assert dataset.image_ids.tolist() == [5] and dataset.objects.ids.tolist() == [2]  # a.png may hold anything
+    assert "image id 10 stands for several pictures" in str(dataset.problems[0])
+    assert "3 images dropped with their annotations" in str(dataset.warning())
+    assert "1 of 2 annotations dropped: 1 unknown image" in str(dataset.warning())
+    with pytest.raises(DataError, match="stands for several pictures"):
+        open_dataset(tmp_path, "train", strict=True)
+    content["images"][1]["id"] = 10
+    with pytest.raises(DataError, match="there is no image in it whose id is its own"):
+        open_dataset(write(tmp_path, content), "train")
+
+
+@pytest.mark.parametrize("backend", ["hotcoco", "pycocotools"])
+@pytest.mark.parametrize("kind", ["bbox", "segm", "keypoints"])
+def test_ids_may_be_negative(tmp_path: Path, kind: Any, backend: Any) -> None:
+    def measured(shift: int) -> dict[str, float]:
+        square = [[2, 3, 12, 3, 12, 11, 2, 11]]
+        points = [5, 6, 2, 9, 8, 2]
+        rows = [annotation(i, image_id=(10, 5)[i % 2], segmentation=square, keypoints=points) for i in range(6)]
+        content = coco(rows)
+        for row in content["images"]:
+            row["id"] += shift
+        for row in content["annotations"]:
+            row["image_id"] += shift
+            row["category_id"] += shift
+        content["categories"] = [{**row, "id": row["id"] + shift} for row in CATEGORIES]
+        truth = open_dataset(write(tmp_path, content), "train", ("masks", "keypoints")).ground_truth()
+        ids = [{"image_id": image + shift, "category_id": 7 + shift} for image in (10, 5, 10, 5, 99)]
+        found = [{"bbox": [2, 3, 10, 8 + i], "segmentation": square, "keypoints": [5 + i, 6, 2, 9, 8, 2]} for i in range(5)]
+        records = [{**id_, **shape, "score": 0.5} for id_, shape in zip(ids, found, strict=True)]  # the order decides
+        sigmas = [0.1, 0.1] if kind == "keypoints" else None
+        numbers = evaluate(truth, records, kind, backend, sigmas=sigmas)
+        if kind == "bbox":
+            table = np.array([[r["image_id"], *r["bbox"], r["score"], r["category_id"]] for r in records])
+            assert evaluate(truth, table, kind, backend) == numbers
+        return numbers
+
+    assert measured(-8) == measured(-20) == measured(0) and measured(0)["AP"] > 0.1
 
 
 def test_missing_area_and_crowd_are_filled_in(tmp_path: Path) -> None:

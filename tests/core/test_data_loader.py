@@ -104,6 +104,19 @@ def test_collate_pads_at_the_right_and_the_bottom() -> None:
     assert targets.covers.tolist() == [[True] * 3] * 2 and targets.covers_all and targets.num_ignored == 0
 
 
+def test_sides_that_are_multiples_only_add_padding() -> None:
+    samples = [sample(1, 3), sample(2, 1, height=50, width=30)]
+    usual, even = (collate(samples, 3, NEEDS, multiple=multiple) for multiple in (1, 32))
+    assert even.images.pixels.shape == (2, 3, 64, 64) and even.images.padded
+    assert torch.equal(even.images.pixels[:, :, :50, :60], usual.images.pixels) and even.images.pixels[:, :, 50:].sum() == 0
+    assert torch.equal(even.images.padding[:, :50, :60], usual.images.padding)
+    assert even.images.padding[:, 50:].all() and even.images.padding[:, :, 60:].all()
+    assert torch.equal(even.images.sizes, usual.images.sizes)
+    assert all(torch.equal(even.targets[key], usual.targets[key]) for key in ("boxes", "keypoints", "areas"))
+    assert torch.equal(even.targets["masks"][..., :50, :60], usual.targets["masks"])
+    assert not collate([sample(1, 1, 32, 64)], 3, NEEDS, multiple=32).images.padded
+
+
 def test_collate_without_any_object() -> None:
     targets = collate([sample(1, 0), sample(2, 0)], 3, NEEDS).targets
     shapes = {
@@ -254,6 +267,15 @@ def test_evaluation_sees_every_image_once_and_never_pads(workers: int) -> None:
             assert tuple(info.image_id for info in infos) == batch.targets.image_ids
             seen += [(info.image_id, info.size, info.path) for info in infos]
     assert sorted(seen) == [(i, tuple(data.sizes[i]), f"{i}.png") for i in range(11)]
+
+
+def test_workers_stay_for_the_next_evaluation() -> None:
+    loader = evaluation_loader(Painted(), evaluation_transform(32), 3, (), 3, 2)
+    pids = []
+    for _ in range(2):
+        assert list(loader)
+        pids.append([worker.pid for worker in loader.loader._iterator._workers])
+    assert pids[0] == pids[1]
 
 
 def test_evaluation_refuses_unreadable_images() -> None:

@@ -126,6 +126,21 @@ def test_boxes_and_areas_come_from_the_map_where_the_file_is_silent(tmp_path: Pa
     assert dataset.ground_truth()["annotations"][1]["segments_info"][0]["area"] == 12
 
 
+@pytest.mark.parametrize("area", [0, -48, float("nan"), float("inf"), "48"])
+def test_an_area_that_is_none_comes_from_the_map(tmp_path: Path, area: Any) -> None:
+    value = content()
+    info = value["annotations"][1]["segments_info"][0]
+    info.update(area=area, bbox=[4, 10, 9, 7])
+    dataset = opened(tmp_path, value, strict=True)
+    assert dataset.objects.areas.tolist() == [48, 464, 50, 12]
+    assert dataset.objects.boxes[0].tolist() == [4, 10, 13, 17]  # as published
+    assert dataset.ground_truth()["annotations"][0]["segments_info"][0]["area"] == 48
+    shutil.rmtree(tmp_path / "panoptic_train")
+    (tmp_path / "panoptic_train").mkdir()
+    unmeasured = open_dataset(tmp_path, "train", ("masks",), source="panoptic")
+    assert unmeasured.objects.areas[0] == 63 and [p.kind for p in unmeasured.problems] == ["area replaced"]
+
+
 def test_ids_may_come_again_in_another_image(tmp_path: Path) -> None:
     value = content()
     value["annotations"][0]["segments_info"][0]["id"] = CAT
@@ -232,6 +247,17 @@ def test_maps_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the folder with its PNG files is missing; looked for .*panoptic_train2017"):
         open_dataset(tmp_path, "train", ("masks",), source="panoptic")
     assert "PNG files is missing" in check(tmp_path).lines()[0]
+
+
+def test_maps_may_be_named_as_on_windows(tmp_path: Path) -> None:
+    value = content()
+    value["images"][0]["file_name"] = "cam\\a.jpg"
+    value["annotations"][1]["file_name"] = "cam\\a.png"
+    write(tmp_path, value)
+    for folder, name in (("images", "a.jpg"), ("panoptic_train", "a.png")):
+        (tmp_path / folder / "cam").mkdir()
+        (tmp_path / folder / name).rename(tmp_path / folder / "cam" / name)
+    assert open_dataset(tmp_path, "train", ("masks",), source="panoptic").read(0).annotations.ids.tolist() == [CAT, SKY]
 
 
 def test_map_and_file_that_do_not_agree(tmp_path: Path) -> None:
@@ -355,6 +381,15 @@ def test_instances_lie_over_stuff_and_small_over_large(tmp_path: Path, names: tu
     np.testing.assert_array_equal(truth["segments"](1), ids)
     assert "folder" not in truth and {c["id"]: c["isthing"] for c in truth["categories"]} == {2: 0, 4: 0, 7: 1}
     assert check(tmp_path).ok and len(check(tmp_path).splits) == 2
+
+
+def test_label_maps_may_be_named_as_on_windows(tmp_path: Path) -> None:
+    write_composed(tmp_path, [{"segmentation": square(5, 5, 10, 10)}], ground())
+    file = tmp_path / "annotations/instances_train.json"
+    file.write_text(file.read_text().replace("a.jpg", r"cam\\a.jpg"))
+    (tmp_path / "semantic_train/cam").mkdir()
+    (tmp_path / "semantic_train/a.png").rename(tmp_path / "semantic_train/cam/a.png")
+    assert len(open_dataset(tmp_path, "train", ("masks",), True, "panoptic").objects.ids) == 3
 
 
 def test_composed_data_that_is_wrong(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from samples import targets_of
 from test_optimisation import NormedBackbone
 from torch import Tensor
@@ -59,9 +60,15 @@ class Spoiling(Criterion):
 
 
 def run(
-    folder: Path, bad: tuple[int, ...], how: str = "loss", pixels: bool = False, steps: int = 6, **settings: Any
+    folder: Path,
+    bad: tuple[int, ...],
+    how: str = "loss",
+    pixels: bool = False,
+    steps: int = 6,
+    accelerator: Accelerator | None = None,
+    **settings: Any,
 ) -> Trainer:
-    """A toy run whose steps `bad` meet the image, fitted; with `pixels` they are infinite, too."""
+    """A toy run whose steps `bad` meet the image; with `pixels` they are infinite, too."""
     torch.manual_seed(0)
     model = tiny_model(detection_heads(), backbone=NormedBackbone())
     chosen = TrainSettings(**{"lr": 1e-2, "warmup": 0, "schedule": "flat", "ema": 0, "log_every": 3, **settings})
@@ -81,14 +88,26 @@ def run(
     return Trainer(
         model=model, criterion=criterion, settings=chosen, steps=steps, steps_per_epoch=1, batches=batches,
         evaluate=lambda _: {"AP": 0.0}, main_metric="AP", folder=folder, header={"task": "toy", "classes": {"names": ["a"]}},
+        accelerator=accelerator,
     )  # fmt: skip
+
+
+def scaling() -> Accelerator:
+    """As with fp16 on a GPU, without the fp16; its scaler cannot scale less."""
+    accelerator = Accelerator(cpu=True)
+    scaler = accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    accelerator.unscale_gradients = lambda _=None: scaler.unscale_(accelerator._optimizers[0].optimizer)  # type: ignore[method-assign]
+    return accelerator
 
 
 @pytest.mark.parametrize(("how", "named"), [("loss", "boxes.giou"), ("weightless", "boxes.giou"), ("gradient", "the gradient")])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_bad_step_is_named_and_left_out(tmp_path: Path, capsys: Any, how: str, named: str, accumulate: int) -> None:
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_bad_step_is_named_and_left_out(
+    tmp_path: Path, capsys: Any, how: str, named: str, accumulate: int, scaled: bool
+) -> None:
     """Weights and moments as if it had not been; the means of the log are those of the other steps."""
-    trainer = run(tmp_path / "bad", (1,), how, accumulate=accumulate)
+    trainer = run(tmp_path / "bad", (1,), how, accelerator=scaling() if scaled else None, accumulate=accumulate)
     trainer.fit()
     told = [line for line in capsys.readouterr().out.splitlines() if "finite" in line]
     ids = ", ".join(["5, 66"] * accumulate)
@@ -114,7 +133,9 @@ def test_bad_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
     """The last checkpoint stays; from it the count goes on."""
     with pytest.raises(QueryVisionError) as error:
         run(tmp_path, (4, 5, 6), bad_steps=3, save_every=2, steps=9).fit()
-    assert str(error.value).startswith("step 7: boxes.giou is not finite (images 5, 66), as in 3 steps in a row; the last")
+    assert str(error.value).startswith(
+        "step 7: boxes.giou is not finite (images 5, 66), the same up to step 7, 3 steps in a row; the last checkpoint is kept"
+    )
     last = load_checkpoint(tmp_path / "last.pt")
     assert last["step"] == 6 and last["log"]["in_row"] == 2
     assert all(value.isfinite().all() for value in last["model"].values())
@@ -122,6 +143,23 @@ def test_bad_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
     again.load()
     with pytest.raises(QueryVisionError, match="step 7: .* 3 steps in a row"):
         again.fit()
+
+
+def test_the_first_of_bad_steps_is_named(tmp_path: Path) -> None:
+    """It is what people look for; those after it may have other reasons."""
+    with pytest.raises(QueryVisionError, match=r"^step 3: boxes.giou is .* \(images 5, 66\), the same up to step 5, 3 steps"):
+        run(tmp_path, (0, 2, 3, 4), bad_steps=3, log_every=20).fit()
+
+
+def test_the_average_is_evaluated_and_best(tmp_path: Path) -> None:
+    seen = []
+    trainer = run(tmp_path, (), ema=0.5)
+    trainer.evaluate = lambda model: seen.append(model) or {"AP": 0.5}
+    trainer.fit()
+    last, best = (load_checkpoint(tmp_path / name) for name in ("last.pt", "best.pt"))
+    assert seen == [trainer.state.average.model]
+    assert all(torch.equal(value, last["ema"][key]) for key, value in best["model"].items())
+    assert any(not torch.equal(value, last["model"][key]) for key, value in best["model"].items())
 
 
 def test_a_step_without_room_loses_nothing_before_it(tmp_path: Path) -> None:

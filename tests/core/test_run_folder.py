@@ -43,6 +43,36 @@ def test_runs_that_start_together_get_a_folder_each(tmp_path: Path) -> None:
     assert newest_run(config).name == "run-8"
 
 
+def test_the_newest_run_has_the_highest_number_whatever_was_deleted(tmp_path: Path) -> None:
+    config = load_config("detection", None, {"output": str(tmp_path), "name": "run"})
+    first, second, third = (claim_folder(config) for _ in range(3))
+    second.rmdir()
+    assert newest_run(config) == third
+    fourth = claim_folder(config)
+    assert fourth.name == "run-4" and newest_run(config) == fourth
+    for folder in (first, third):
+        folder.rmdir()
+    assert newest_run(config) == fourth and claim_folder(config).name == "run-5"
+    for number in range(6, 11):
+        assert claim_folder(config).name == f"run-{number}"
+    assert newest_run(config).name == "run-10", "numbers, not texts"
+
+
+def test_a_number_may_belong_to_the_name_of_another_run(tmp_path: Path) -> None:
+    config, dated = (load_config("detection", None, {"output": str(tmp_path), "name": n}) for n in ("run", "run-2024"))
+    take_folder(claim_folder(dated), dated)
+    for name in ("run-02", "run-1", "run-x", "run-3-4", "runs-9", "7", "other-8"):
+        (tmp_path / "detection" / name).mkdir()
+    (tmp_path / "detection" / "run-6").touch()
+    with pytest.raises(ConfigError, match="there is no run .*detection/run;"):
+        newest_run(config)
+    first = claim_folder(config)
+    take_folder(first, config)
+    assert first.name == "run" and newest_run(config) == first
+    take_folder(claim_folder(config), config)
+    assert newest_run(config).name == "run-2" and newest_run(dated).name == "run-2024"
+
+
 def test_settings_are_whole_on_a_full_disk(tmp_path: Path) -> None:
     take_folder(tmp_path, load_config("detection", None, {"train.seed": 1}))
     with full_after(100), pytest.raises(ConfigError, match=r"cannot write .*config\.yaml \("):
