@@ -18,6 +18,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from queryvision.head import Head
+from queryvision.ops.transfer import uploaded
 from queryvision.structures import FREE, Match, Round, Targets
 
 Pairs = NDArray[np.int64]  # (pairs,4) int64: stage, image, query, target
@@ -173,10 +174,7 @@ def unite(pairs: Sequence[Pairs], rounds: Sequence[Round]) -> list[Pairs]:
 def _upload(pairs: Sequence[Pairs], rounds: Sequence[Round]) -> list[Match]:
     """All pairs to the device in one copy."""
     index = torch.from_numpy(np.ascontiguousarray(np.concatenate(list(pairs)).T))
-    device = rounds[0].device
-    if device.type == "cuda":
-        index = index.pin_memory()
-    parts = torch.split(index.to(device, non_blocking=True), [len(p) for p in pairs], 1)
+    parts = torch.split(uploaded(index, rounds[0].device), [len(p) for p in pairs], 1)
     counts = [np.bincount(p[:, 1], minlength=r.shape[1]).tolist() for p, r in zip(pairs, rounds, strict=True)]
     return [
         Match(p[0], p[1], p[2], p[3], round.shape[0], tuple(per_image))

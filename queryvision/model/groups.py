@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from queryvision.ops.transfer import uploaded
 from queryvision.structures import VOID, Answer, QueryGroup, Round, Stage
 
 Entry = tuple[Stage, dict[str, Answer]]
@@ -25,21 +26,17 @@ def unseen(groups: Sequence[QueryGroup], batch: int, device: torch.device) -> Te
     void = any(g.pins is not None and bool((g.pins == VOID).any()) for g in groups)
     if len(groups) == 1 and groups[0].blocks == 1 and not void:
         return None
-    total = sum(g.size for g in groups)
-    hidden = torch.ones(total, total, dtype=torch.bool)
-    for group, rows in _spans(groups):
-        for other, columns in _spans(groups):
-            if other.name in group.sees:
-                hidden[rows, columns] = False
-        size = group.size // group.blocks
-        for block in range(group.blocks):
-            own = slice(rows.start + block * size, rows.start + (block + 1) * size)
-            hidden[own, own] = False
-    hidden = hidden[None]
+    # What stands where is sent over, and compared there: the mask itself may have megabytes, for which the host would wait.
+    group = torch.repeat_interleave(torch.tensor([g.size for g in groups]))
+    block = torch.cat([torch.arange(g.size) // max(g.size // g.blocks, 1) for g in groups])
+    sees = torch.tensor([[other.name in g.sees for other in groups] for g in groups])
+    group, block = uploaded(torch.stack((group, block)), device)
+    hidden: Tensor = ~uploaded(sees, device)[group[:, None], group]
+    hidden = (hidden & ((group[:, None] != group) | (block[:, None] != block)))[None]
     if void:
-        nobody = torch.cat([_void(g, batch) for g in groups], 1)
-        hidden = (hidden | nobody[:, None]) & ~torch.eye(total, dtype=torch.bool)
-    return hidden.to(device, non_blocking=True)
+        nobody = uploaded(torch.cat([_void(g, batch) for g in groups], 1), device)
+        hidden = (hidden | nobody[:, None]) & ~torch.eye(len(group), dtype=torch.bool, device=device)
+    return hidden
 
 
 def _void(group: QueryGroup, batch: int) -> Tensor:

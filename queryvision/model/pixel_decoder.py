@@ -56,7 +56,10 @@ class PixelDecoder(nn.Module):
         real = None if padding is None else (~padding)[:, None].to(fine.dtype)
         tokens = memory.tokens[:, memory.span(0)]
         coarse = self.reduce(tokens.transpose(1, 2).reshape(len(tokens), -1, *memory.shapes[0]))
-        enlarged = F.interpolate(coarse, scale_factor=float(self.factor), mode="bilinear", align_corners=False)
+        enlarged = self._enlarged(coarse)
+        if real is not None and memory.padding is not None:  # else the last cells would be mixed with padding
+            there = (~memory.padding[:, memory.span(0)]).to(coarse.dtype).view(-1, 1, *memory.shapes[0])
+            enlarged = self._enlarged(coarse * there) / self._enlarged(there).clamp(min=torch.finfo(coarse.dtype).tiny)
         height, width = fine.shape[-2:]
         fused = self.lateral(fine) + enlarged[..., :height, :width]
         assert trunk.extents is not None, "a backbone says how many cells its images are wide and high"
@@ -66,6 +69,9 @@ class PixelDecoder(nn.Module):
             levels = zip(self.marks, memory.shapes, strict=True)
             tokens = tokens + torch.cat([mark.expand(rows * columns, -1) for mark, (rows, columns) in levels])
         return replace(memory, tokens=tokens, pixels=pixels)
+
+    def _enlarged(self, maps: Tensor) -> Tensor:
+        return F.interpolate(maps, scale_factor=float(self.factor), mode="bilinear", align_corners=False)
 
 
 def grouped_pixels(

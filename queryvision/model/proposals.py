@@ -36,7 +36,9 @@ class LearnedStart(nn.Module):
 
     def __init__(self, num_queries: int, width: int, num_slots: int = 0) -> None:
         super().__init__()
-        self.states = nn.Parameter(torch.randn(num_queries, 1 + num_slots, width))
+        self.states = nn.Parameter(torch.empty(num_queries, 1 + num_slots, width))
+        for slot in self.states.unbind(1):  # as published, where it comes after a normal draw
+            nn.init.xavier_uniform_(slot)
 
     @property
     def most(self) -> int:

@@ -28,8 +28,8 @@ def bin_values(num_bins: int, bound: float, scale: float) -> Tensor:
 
 
 def expected_value(logits: Tensor, values: Tensor) -> Tensor:
-    """Means of distributions: logits (...,R+1) -> (...)."""
-    return logits.softmax(-1) @ values
+    """Means of distributions: logits (...,R+1) -> (...). No product of matrices, which autocast would round to bfloat16."""
+    return (logits.softmax(-1) * values).sum(-1)
 
 
 def edges_to_boxes(reference: Tensor, edges: Tensor, scale: float) -> Tensor:

@@ -86,7 +86,7 @@ class KeypointHead(Head):
         for name, value in (("rows", rows), ("real", real), ("sigmas", sigmas)):
             self.register_buffer(name, value, persistent=False)
         self.slots = self.num_points if grouped else 0
-        stages = self.fit if grouped else replace(self.fit, proposals="none")
+        stages = replace(self.fit, proposals="none" if not grouped else "all" if self.fit.starts else self.fit.proposals)
         self.mlp, self.findable = PerStage(self._points, stages), PerStage(self._findable, stages)
         self.l1_cost, self.oks_cost = l1_cost, oks_cost
         self.weights = {"l1": l1, "oks": oks, "findable": findable}
@@ -112,11 +112,11 @@ class KeypointHead(Head):
         own = view.stage.kind == "layer" and self.slots
         states = view.slots if own else view.state
         assert states is not None, "a grouped keypoint head needs states of its own"
-        said = self.mlp.at(view.stage)(states).float()
         findable = self.findable.at(view.stage)(states.detach()).float()  # keypoints without a label shape no state
         if own:
-            around = said if view.points is None else inverse_sigmoid(view.points.float()) + said
-            return {"points": around.sigmoid(), "findable": findable[..., 0]}
+            before = view.points_base if self.fit.look_twice else view.points
+            return {"points": self._moved(before, states, view), "findable": findable[..., 0]}
+        said = self.mlp.at(view.stage)(states).float()
         said, around = said.unflatten(-1, (self.num_points, 2)), view.anchors
         if around is None and "boxes" in view.answers:  # nothing was looked around, as in DETR: the box just answered
             around = view.answers["boxes"]["boxes"].detach()
@@ -126,8 +126,21 @@ class KeypointHead(Head):
         return {"points": around[..., None, :2].float() + said * size, "findable": findable}
 
     def feedback(self, answer: Answer, view: View) -> Feedback:
-        """The next layer's slots look around the points."""
-        return Feedback(points=answer["points"].clamp(0, 1)) if self.slots else Feedback()
+        """The next layer's slots look around the points, as the architecture computes them."""
+        if not self.slots:
+            return Feedback()
+        points = answer["points"]
+        if view.stage.kind == "layer" and self.fit.look_twice and points.requires_grad:  # the same ones, from the layer's own
+            assert view.slots is not None
+            points = self._moved(view.points, view.slots, view)
+        return Feedback(points=points.clamp(0, 1))
+
+    def _moved(self, points: Tensor | None, states: Tensor, view: View) -> Tensor:
+        """Points (B,Q,J,2) that states of their own (B,Q,J,D) make of those before them, or of nothing."""
+        change: Tensor = self.mlp.at(view.stage)(states).float()
+        if points is not None:
+            change = change + inverse_sigmoid(points.float(), self.fit.eps)
+        return change.sigmoid()
 
     def noise(self, targets: Targets, plan: DenoisingPlan, generators: Sequence[torch.Generator] | None) -> Noise | None:
         """Grouped: points moved so far that each alone has a similarity of 0.5 to 1, of negative queries of 0.1 to 0.5.

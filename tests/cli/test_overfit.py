@@ -26,7 +26,7 @@ FIGURES = ["data.skip_empty=true"]
 @pytest.mark.parametrize(
     ("task", "wanted", "steps", "side", "settings"),
     [
-        ("detection", {"AP50": 0.9}, 100, 64, FEW),
+        ("detection", {"AP50": 0.9}, 160, 64, FEW),
         ("instance", {"AP50": 0.9, "box_AP50": 0.9}, 100, 64, [*FEW, *MASKS]),
         ("keypoints", {"AP50": 0.9}, 130, 64, [*FEW, *FIGURES]),
         ("panoptic", {"PQ": 0.8}, 200, 64, [*SOME, *MASKS]),

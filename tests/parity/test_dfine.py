@@ -43,6 +43,7 @@ from queryvision.model import builders
 from queryvision.model.denoising import Denoising
 from queryvision.model.proposals import grid_anchors
 from queryvision.model.query_model import QueryModel
+from queryvision.ops.distribution import bin_values, expected_value
 from queryvision.structures import Facts, Match, Outputs, Queries, Round, Stage, Targets
 from queryvision.tasks.detection import BoxHead, LabelHead
 from queryvision.tasks.detection.models import STEERING
@@ -580,3 +581,12 @@ def test_what_cannot_be_read_is_refused_in_one_line(monkeypatch: pytest.MonkeyPa
     refused("is no d_fine checkpoint of transformers, it lacks model.decoder.reg_scale", without="reg_scale")
     refused("lqe_layers = 3; only 2", lqe_layers=3)
     refused("decoder_method = discrete; only default", decoder_method="discrete")
+
+
+def test_edges_are_exact_under_autocast() -> None:
+    """A mean made by a product of matrices would be rounded to bfloat16: a pixel of a box of 512."""
+    logits, values = torch.randn(3, 7, 4, 33), bin_values(32, 0.5, 4.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = expected_value(logits, values)
+    assert half.dtype == torch.float32 and torch.equal(half, expected_value(logits, values))
+    torch.testing.assert_close(half, logits.softmax(-1) @ values)

@@ -21,6 +21,7 @@ from queryvision.errors import ConfigError, DataError
 from queryvision.head import DenoisingPlan, Fit, View
 from queryvision.model import builders
 from queryvision.ops.oks import keypoint_similarity
+from queryvision.registry import resolve_task
 from queryvision.results import Result
 from queryvision.structures import VOID, Facts, ImageBatch, Match, Picks, Round, Stage, Targets
 from queryvision.tasks.keypoints import TASK, KeypointHead
@@ -294,6 +295,47 @@ def test_grouped_points_are_refined_around_their_own() -> None:
     torch.nn.init.normal_(head.mlp.layers[0].last.weight)
     moved = head(View(torch.randn(1, 1, 8), slots=slots, anchors=anchors, points=points))
     assert moved is not None and (moved["points"] - points).abs().amin() > 0
+
+
+def test_points_look_forward_twice_where_the_architecture_does() -> None:
+    """An answer starts from the points with their gradient; what goes on to the next layer carries its own layer's alone."""
+    fit = Fit(8, 2, per_layer=True, anchors=4, proposals="all", look_twice=True, eps=1e-2)
+    head = KeypointHead(fit, SKELETONS, grouped=True)
+    torch.nn.init.normal_(head.mlp.layers[0].last.weight)
+    base = (torch.rand(1, 1, 5, 2, generator=generator()) * 0.8 + 0.1).requires_grad_()
+    view = View(torch.randn(1, 1, 8), slots=torch.randn(1, 1, 5, 8), points=base.detach(), points_base=base)
+    answer = head(view)
+    assert answer is not None
+    further = head.feedback(answer, view).points
+    assert further is not None and torch.equal(further, answer["points"])
+    assert torch.autograd.grad(answer["points"].sum(), base, retain_graph=True)[0].abs().min() > 0
+    assert torch.autograd.grad(further.sum(), base, allow_unused=True) == (None,)
+    edge = head(replace(view, points_base=torch.zeros(1, 1, 5, 2), slots=torch.zeros(1, 1, 5, 8)))
+    assert edge is not None and not edge["points"].le(2e-3).any(), "a point at the border can move"
+
+
+def test_grouped_keypoints_on_mask_dino() -> None:
+    """Whose proposals answer as its layers do: there a state says all keypoints, in a layer each its own."""
+    sizes = {"width": 32, "num_queries": 6, "num_heads": 4, "ffn_width": 32, "encoder_ffn_width": 32, "encoder_layers": 1,
+             "decoder_layers": 2, "backbone": "resnet18", "denoising": 6}  # fmt: skip
+    classes = ClassMap((1, 2, 3), ("face", "thing", "hand"), (True,) * 3, SKELETONS)
+    joint = resolve_task("instance+keypoints")
+    model = builders.builder("maskdino")(
+        joint.make_heads(classes, {"keypoints": {"grouped": True}, "masks": {"points": 32}}), joint.steering, **sizes
+    ).train()
+    given = targets()
+    masks = torch.zeros(*given["labels"].shape, 64, 64, dtype=torch.bool)
+    masks[..., 8:40, 8:40] = True
+    given = replace(
+        given, values={**given.values, "masks": masks}, has={**given.has, "masks": given.valid},
+        num_with={**given.num_with, "masks": given.counts},
+    )  # fmt: skip
+    count = len(given.counts)
+    pixels, sizes_px = torch.rand(count, 3, 64, 64), torch.full((count, 2), 64)
+    outputs = model(ImageBatch(pixels, torch.zeros(count, 64, 64, dtype=torch.bool), False, sizes_px), given)
+    Criterion(model.heads.heads(), model.steering)(outputs, given).total.backward()
+    head = model.heads.heads()["keypoints"]
+    assert all(p.grad is not None for p in head.parameters())
 
 
 def test_denoised_points_are_as_similar_as_drawn() -> None:

@@ -20,10 +20,11 @@ from queryvision.layers.deformable import DeformableAttention
 from queryvision.masks import Masks, SegmentMasks
 from queryvision.model import builders
 from queryvision.model.deformable_encoder import DeformableEncoderLayer
+from queryvision.model.pixel_decoder import light_pixels
 from queryvision.model.query_model import QueryModel
 from queryvision.ops.boxes import mask_boxes
 from queryvision.ops.points import pairwise_mask_cost, sample_bits, sample_maps, uncertain_points
-from queryvision.structures import Facts, ImageBatch, Match, Memory, PixelMap, Round, Stage, Targets
+from queryvision.structures import Facts, Features, ImageBatch, Match, Memory, PixelMap, Round, Stage, Targets
 from queryvision.tasks.detection import LabelHead
 from queryvision.tasks.instance import TASK, MaskHead
 from queryvision.tasks.instance import masks as masks_module
@@ -383,6 +384,35 @@ def test_every_part_learns_and_losses_are_finite(name: str) -> None:
     losses.total.backward()
     silent = {n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
     assert silent == set()
+
+
+@torch.no_grad()
+def test_padding_changes_nothing_in_the_pixel_map() -> None:
+    """Neither the backbone's cells there nor the encoder's tokens, also where a cell lies between two of them."""
+    torch.manual_seed(0)
+    decoder = light_pixels(6, 8, 8, 4, 2).eval()  # published group norms count padding, too
+    fine, tokens = torch.randn(1, 6, 9, 12), torch.randn(1, 8, 5, 6)
+    extents = torch.tensor([[[12.0, 9.0]]])
+
+    def seen(height: int, width: int) -> Tensor:
+        around, below = 9 * torch.randn(1, 6, 2 * height, 2 * width), 9 * torch.randn(1, 8, height, width)
+        paddings = [torch.ones(1, *maps.shape[-2:], dtype=torch.bool) for maps in (around, below)]
+        for maps, own, padding in zip((around, below), (fine, tokens), paddings, strict=True):
+            maps[..., : own.shape[2], : own.shape[3]] = own
+            padding[..., : own.shape[2], : own.shape[3]] = False
+        memory = Memory(below.flatten(2).mT, torch.zeros(()), ((height, width),), paddings[1].flatten(1), torch.ones(1, 1, 2))
+        whole = decoder(Features([around], [paddings[0]], None, extents), memory).pixels
+        assert whole is not None
+        return whole.map[..., :9, :12]
+
+    first = seen(5, 6)  # the last row of the finer map is padding, as its sides are odd
+    torch.testing.assert_close(seen(8, 7), first, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["maskdino", "mask2former_small"])
+def test_an_architecture_of_masks_wants_a_head_for_them(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"model.name = {name.removesuffix('_small')}: no head of this task predicts masks"):
+        builders.builder(name)([LabelHead(Fit(64), 3)], Steering(), **SMALL[name])
 
 
 @pytest.mark.parametrize("name", SMALL)

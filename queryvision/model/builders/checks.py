@@ -33,6 +33,14 @@ def pixel_strides(heads: Sequence[Head], strides: Sequence[int]) -> tuple[int, .
     return (PIXEL_STRIDE, *strides)
 
 
+def check_pixels(name: str, heads: Sequence[Head]) -> None:
+    """Raises a ConfigError where no head reads the pixel map that an architecture is built around."""
+    if not any(head.wants_pixels for head in heads):
+        raise ConfigError(
+            f"model.name = {name}: no head of this task predicts masks, around which it is built; take another model or task"
+        )
+
+
 def check_at_least(least: int, **given: int) -> None:
     """Raises a ConfigError that names the first number below `least`."""
     for name, value in given.items():

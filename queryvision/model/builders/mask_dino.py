@@ -16,6 +16,7 @@ from queryvision.model.builders.checks import (
     HeadParts,
     check_at_least,
     check_levels,
+    check_pixels,
     check_sizes,
     make_heads,
     pixel_strides,
@@ -100,6 +101,7 @@ def maskdino(
     )
     who = steering or Steering()
     heads, slots = make_heads(heads, fit)
+    check_pixels("maskdino", heads)
     seen = pixel_strides(heads, strides)
     trunk = make_backbone(backbone, seen, frozen_norm, False, freeze, width)
     attention = partial(DeformableAttention, width, num_heads, num_levels, num_points)

@@ -18,6 +18,7 @@ from queryvision.model.builders.checks import (
     check_at_least,
     check_doubling,
     check_levels,
+    check_pixels,
     check_sizes,
     make_heads,
     pixel_strides,
@@ -88,6 +89,7 @@ def mask2former(
     check_at_least(1, num_queries=num_queries, decoder_layers=decoder_layers, ffn_width=ffn_width, num_points=num_points)
     check_at_least(0, encoder_layers=encoder_layers, freeze=freeze or 0)
     heads, slots = make_heads(heads, Fit(width, decoder_layers, pixels=width, hides=True))
+    check_pixels("mask2former", heads)
     seen = pixel_strides(heads, strides)
     trunk = make_backbone(backbone, seen, frozen_norm, False, freeze, width)
     attention = partial(DeformableAttention, width, num_heads, levels, num_points)
