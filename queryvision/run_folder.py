@@ -128,9 +128,9 @@ def _newest(config: Config) -> int:
 
 
 def _is_called(folder: Path, name: str) -> bool:
-    """Whether a folder is a run of this name, or nothing in it says otherwise: `run-2024` may be a name of its own."""
+    """Whether a folder is a run of this name, perhaps one that ended before it said so: `run-2024` may be anything else."""
     try:
         settings = yaml.safe_load((folder / SETTINGS).read_text())
     except (OSError, ValueError, yaml.YAMLError):
-        return folder.is_dir()
-    return not isinstance(settings, dict) or settings.get("name", name) == name
+        return (folder / HELD).exists()
+    return isinstance(settings, dict) and settings.get("name", name) == name

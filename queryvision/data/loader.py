@@ -79,6 +79,9 @@ class Loader(Generic[T]):
             DataError: an image or an annotation is wrong.
         """
         handler = signal.getsignal(signal.SIGCHLD)
+        waiting = getattr(self.loader, "_iterator", None)
+        if not all(worker.is_alive() for worker in getattr(waiting, "_workers", ())):
+            self.loader._iterator = None  # else one that died while nobody asked would end this iteration, too
         items = iter(self.loader)
         _WORKERS.update(getattr(items, "_workers", ()))
         if self.loader.num_workers and handler is not None and threading.current_thread() is threading.main_thread():

@@ -104,8 +104,8 @@ class Health:
             row.append(text)
             if in_row >= self.limit:
                 raise QueryVisionError(
-                    f"{row[0]}, the same up to step {step.number}, {in_row} steps in a row; the last checkpoint is kept. "
-                    "Try a lower --lr or --precision fp32"
+                    f"{row[0]}, one of {in_row} bad steps in a row, {step.number - in_row + 1} to {step.number}; the last "
+                    "checkpoint is kept. Try a lower --lr or --precision fp32"
                 )
             lines.append(f"{text}: the step is left out")
         return lines, in_row

@@ -19,7 +19,7 @@ from queryvision.data.coco_colors import colors_of
 from queryvision.data.images import read_image
 from queryvision.inference.drawing import segment_colors
 from queryvision.masks import SegmentMasks
-from queryvision.outputs import writable_folder
+from queryvision.outputs import writable_file, writable_folder
 from queryvision.results import Result
 
 Record = dict[str, Any]
@@ -83,7 +83,7 @@ def write_panoptic(folder: Path, results: Mapping[str, Result], classes: ClassMa
     Raises:
         ConfigError: there is no place for the PNGs.
     """
-    pictures, file = writable_folder(folder / "panoptic"), folder / "panoptic.json"
+    pictures, file = writable_folder(folder / "panoptic"), writable_file(folder / "panoptic.json")
     file.unlink(missing_ok=True)  # an earlier one would lie beside new PNGs
     images: list[Record] = []
     annotations: list[Record] = []

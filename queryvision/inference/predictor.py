@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 from collections.abc import Iterator, Sequence
 from itertools import groupby, takewhile
@@ -23,13 +22,11 @@ from queryvision.data.loader import collate
 from queryvision.data.sample import Annotations, Sample
 from queryvision.data.transforms import evaluation_transform
 from queryvision.engine.evaluation import results_of
-from queryvision.errors import DataError
+from queryvision.errors import ConfigError, DataError
 from queryvision.results import Result
 
 Picture = str | Path | Image.Image | NDArray[Any]
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
-IMAGES = "images.json"
-"""What `qv predict` writes about its pictures, beside their overlays."""
 
 
 class Predictor:
@@ -164,13 +161,12 @@ def find_pictures(sources: str | Path | Sequence[str | Path], output: str | Path
 
     Args:
         sources: one or several.
-        output: folder of a prediction. Where it lies within a folder or a pattern's it is left out; where it is that folder,
-            the overlays of an earlier prediction are.
+        output: folder of a prediction; left out where it lies within what is searched.
 
     Raises:
         DataError: a source matches nothing.
+        ConfigError: what is searched holds pictures in the output folder itself; later it would find overlays among them.
     """
-    earlier = set() if output is None else _overlays(Path(output))
     found: dict[Path, None] = {}
     for source in [sources] if isinstance(sources, (str, Path)) else sources:
         path = Path(source)
@@ -178,7 +174,8 @@ def find_pictures(sources: str | Path | Sequence[str | Path], output: str | Path
             here = [path]
         else:
             here = sorted(_below(path, output) if path.is_dir() else _matching(str(source), output))
-            here = [p for p in here if p.resolve() not in earlier]
+            if output is not None and Path(output).resolve() in {each.resolve().parent for each in here}:
+                raise ConfigError(f"--output {output}: holds pictures of {source}; choose another folder, or name the files")
         if not here:
             raise DataError(f"{source}: no such file, and no picture ({', '.join(sorted(SUFFIXES))}) found there")
         found.update(dict.fromkeys(here))
@@ -186,17 +183,18 @@ def find_pictures(sources: str | Path | Sequence[str | Path], output: str | Path
 
 
 def _below(root: Path, output: str | Path | None) -> Iterator[Path]:
-    """Pictures in a folder and those below it, links to folders last: what lies here has its own name."""
-    seen = {os.path.realpath(root), *([] if output is None else [os.path.realpath(output)])}
-    for place, folders, files in os.walk(root, followlinks=True):
-        yield from (Path(place, name) for name in files if name[0] != "." and Path(name).suffix.lower() in SUFFIXES)
-        inner = sorted(folders, key=lambda name: (os.path.islink(os.path.join(place, name)), name))
-        folders.clear()
-        for name in inner:
-            real = os.path.realpath(os.path.join(place, name))
-            if name[0] != "." and real not in seen:
-                seen.add(real)
-                folders.append(name)
+    """Pictures in a folder and those below it; links to folders come last, as what lies here has its own name."""
+    seen = set() if output is None else {os.path.realpath(output)} - {os.path.realpath(root)}
+    waiting = [str(root)]
+    while waiting:
+        for place, folders, files in os.walk(waiting.pop(0)):
+            if os.path.realpath(place) in seen:
+                folders.clear()
+                continue
+            seen.add(os.path.realpath(place))
+            yield from (Path(place, name) for name in files if name[0] != "." and Path(name).suffix.lower() in SUFFIXES)
+            folders[:] = sorted(name for name in folders if name[0] != ".")
+            waiting += (link for name in folders if os.path.islink(link := os.path.join(place, name)))
 
 
 def _matching(pattern: str, output: str | Path | None) -> Iterator[Path]:
@@ -207,15 +205,6 @@ def _matching(pattern: str, output: str | Path | None) -> Iterator[Path]:
         return files
     folder = Path(output).resolve()
     return (path for path in files if folder not in path.resolve().parents)
-
-
-def _overlays(output: Path) -> set[Path]:
-    """What an earlier prediction drew into its folder."""
-    try:
-        rows = json.loads((output / IMAGES).read_text())["images"]
-        return {(output / row["drawn"]).resolve() for row in rows}
-    except (OSError, ValueError, KeyError, TypeError):  # there was none
-        return set()
 
 
 def load(path: str | Path, *, queries: int | None = None, layers: int | None = None, **options: Any) -> Predictor:

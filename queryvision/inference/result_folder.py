@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from queryvision.errors import ConfigError, DataError
-from queryvision.inference.predictor import IMAGES, Predictor, as_array
+from queryvision.inference.predictor import Predictor, as_array
 from queryvision.outputs import writable_file
 from queryvision.results import Result
+from queryvision.task import Task
 
-RESULTS = "results.json"
+RESULTS, IMAGES = "results.json", "images.json"
 JPEG_SIDE = 65_500
 """Most pixels of a side of a JPEG (libjpeg's JPEG_MAX_DIMENSION); larger overlays are PNGs."""
 
@@ -45,7 +46,8 @@ class ResultFolder:
         self.records: list[dict[str, Any]] = []
         self.images: list[dict[str, Any]] = []
         self.unread: list[str] = []
-        self._sources, self._stems = {path.resolve() for path in pictures}, set[str]()
+        self._stems, self._begun = set[str](), False
+        self._sources = {path.resolve() for path in pictures}
         self._results, self._images = (writable_file(folder / name) for name in (RESULTS, IMAGES))
 
     def fill(self, threshold: float | None) -> None:
@@ -58,20 +60,21 @@ class ResultFolder:
             ConfigError: a file cannot be written.
         """
         task, results = self.predictor.task, self._draw(threshold)
-        readers = sum(part.save is not None for part in task.parts or (task,))
-        for file in (self._results, self._images):  # an earlier prediction's would lie beside new pictures
-            file.unlink(missing_ok=True)
         try:
             if task.save is not None:
-                task.save(self.folder, Arriving(results, readers), self.predictor.classes)
+                task.save(self.folder, Arriving(results, _readers(task)), self.predictor.classes)
             for _ in results:  # all of them, where nobody asked
                 pass
         finally:
-            self._write()
+            if self._begun:
+                self._write()
 
     def _draw(self, threshold: float | None) -> Iterator[tuple[str, Result]]:
         """Of each picture the stem of its overlay, which is drawn, and the result."""
         task = self.predictor.task
+        self._begun = True
+        for file in (self._results, self._images):  # an earlier prediction's would lie beside new pictures
+            file.unlink(missing_ok=True)
         for index, (path, picture) in enumerate(self._readable(), 1):
             result = replace(self.predictor.predict(picture, threshold), path=str(path))
             drawn = self._save(task.draw(Image.fromarray(picture), result), path.stem)
@@ -115,6 +118,11 @@ class ResultFolder:
         self._images.write_text(json.dumps({"images": self.images, "categories": categories}))
 
 
+def _readers(task: Task) -> int:
+    """How many of a task's parts read the results."""
+    return max(1, sum(_readers(part) for part in task.parts if part.save is not None))
+
+
 class Arriving(Mapping[str, Result]):
     """{file stem: result} of pictures that are looked at when their turn comes; only the one at hand is there.
 
@@ -129,7 +137,10 @@ class Arriving(Mapping[str, Result]):
 
     def __iter__(self) -> Iterator[str]:
         """The stems, in order."""
-        for stem, result in next(self._passes):
+        arriving = next(self._passes, None)
+        if arriving is None:
+            raise TypeError("results are read once, each when its turn comes")
+        for stem, result in arriving:
             self._at_hand = {stem: result}
             yield stem
 
@@ -144,5 +155,5 @@ class Arriving(Mapping[str, Result]):
         return self._at_hand[stem]
 
     def __len__(self) -> int:
-        """How many are at hand."""
-        return len(self._at_hand)
+        """Raises TypeError: nobody knows, as pictures that cannot be read are left out."""
+        raise TypeError("how many results arrive is known behind the last one; read them in order, as in `items()`")

@@ -125,6 +125,7 @@ def _timm_state(name: str) -> dict[str, Tensor]:
     hub = config.hf_hub_id if config is not None else None
     url = (config.url if config is not None else None) or ""
     file_name = url[1] if isinstance(url, tuple) else url.rpartition("/")[2]
+    before = getattr(timm.models._builder, "_CHECK_HASH", False)
     try:
         if hub and not any(isinstance(try_to_load_from_cache(hub, file), str) for file in files):
             _reach(ENDPOINT)  # the hub's own client would try for a minute
@@ -133,7 +134,7 @@ def _timm_state(name: str) -> dict[str, Tensor]:
     except (*UNREACHABLE, RuntimeError) as error:
         raise CheckpointError(f"weights = 'timm:{name}': cannot be fetched ({_reason(error)}); {INSTEAD}") from error
     finally:
-        timm.models.set_pretrained_check_hash(False)  # timm's default
+        timm.models.set_pretrained_check_hash(before)
 
 
 def packaged_efficientnet_lite0() -> dict[str, Tensor]:

@@ -263,7 +263,7 @@ def test_predict_prints_its_results(call: Call, trained: Path, drawn_once: Path,
 def test_predict_never_draws_over_its_source(call: Call, trained: Path, tmp_path: Path) -> None:
     Image.new("RGB", (60, 60), "green").save(tmp_path / "a.jpg")
     before = (tmp_path / "a.jpg").read_bytes()
-    assert call("predict", trained / "best.pt", tmp_path, "-o", tmp_path).code == 0
+    assert call("predict", trained / "best.pt", tmp_path / "a.jpg", "-o", tmp_path).code == 0
     assert (tmp_path / "a.jpg").read_bytes() == before and (tmp_path / "a_2.jpg").exists()
 
 

@@ -132,6 +132,10 @@ def test_results_that_arrive_are_read_by_several() -> None:
         assert [list(arriving.items()) for _ in range(readers)] == [list(results.items())] * readers
         with pytest.raises(KeyError, match="take each when its turn comes"):
             arriving["a"]
+        with pytest.raises(TypeError, match="read once"):
+            list(arriving)
+        with pytest.raises(TypeError, match="is known behind the last one"):
+            bool(arriving)
 
 
 def test_an_overlay_too_large_for_a_jpeg_is_a_png(trained: Path, tmp_path: Path, call: Call) -> None:
@@ -207,16 +211,26 @@ def test_a_second_prediction_looks_at_the_same_pictures(
         for _ in range(2):
             done = call("predict", panoptic("panoptic"), source, "-o", "deep/out")
             assert done.code == 0 and "4 pictures" in done.out, done
-    assert names(find_pictures("deep/out", "deep/out"), Path("deep/out")) == [f"panoptic/{n}.png" for n in "abcd"]
     assert len(find_pictures(["deep/out/a.jpg", "deep/out/*.jpg"], "deep/other")) == 4, "who names them gets them"
 
 
-def test_a_second_prediction_into_the_folder_of_the_pictures(trained: Path, photos: Path, call: Call) -> None:
+def test_overlays_are_not_drawn_among_the_pictures_of_a_folder(trained: Path, photos: Path, call: Call) -> None:
+    """A second prediction would take them for pictures."""
     for source in (photos, f"{photos}/*.jpg"):
-        for _ in range(2):
-            done = call("predict", trained / "best.pt", source, "-o", photos)
-            assert done.code == 0 and "4 pictures" in done.out, done
-    assert {path.name for path in photos.glob("*.jpg")} == {f"{n}{end}.jpg" for n in "abcd" for end in ("", "_2")}
+        done = call("predict", trained / "best.pt", source, "-o", photos)
+        assert done.code == 2 and f"--output {photos}: holds pictures of {source}; choose another folder" in done.err, done
+    assert len(list(photos.iterdir())) == 4
+
+
+def test_what_cannot_be_written_spoils_no_earlier_prediction(
+    trained: Path, panoptic: Callable[[str], Path], photos: Path, tmp_path: Path, call: Call
+) -> None:
+    out = tmp_path / "out"
+    assert call("predict", trained / "best.pt", photos, "-o", out, "--threshold", "0").code == 0
+    before = (out / "results.json").read_bytes()
+    (out / "panoptic").touch()
+    done = call("predict", panoptic("panoptic"), photos, "-o", out)
+    assert done.code == 2 and "panoptic" in done.err and (out / "results.json").read_bytes() == before, done
 
 
 def test_hidden_files_are_left_out_and_links_followed_once(tmp_path: Path) -> None:
@@ -230,6 +244,7 @@ def test_hidden_files_are_left_out_and_links_followed_once(tmp_path: Path) -> No
     (root / "again").symlink_to(other)
     (other / "loop").symlink_to(root)
     (root / "a_twin").symlink_to(root / "b")
+    (root / "a_deep").symlink_to(root / "b" / "c")
     found = names(find_pictures(root), root)
     assert found == ["a.jpg", "a_link/linked.jpg", "b/c/w.PNG", "b/x.jpg", "folder.jpg/z.png"]
     os.symlink(root, tmp_path / "alias")

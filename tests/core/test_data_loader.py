@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from itertools import islice
@@ -276,6 +277,9 @@ def test_workers_stay_for_the_next_evaluation() -> None:
         assert list(loader)
         pids.append([worker.pid for worker in loader.loader._iterator._workers])
     assert pids[0] == pids[1]
+    os.kill(pids[0][1], signal.SIGKILL)  # as a machine does that needs memory
+    loader.loader._iterator._workers[1].join()
+    assert len(list(loader)) == len(loader), "one that is gone is not missed"
 
 
 def test_evaluation_refuses_unreadable_images() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,11 +16,11 @@ import pytest
 import torch
 import yaml
 
-from queryvision.config import load_config
+from queryvision.config import Config, load_config
 from queryvision.engine.checkpoint import save_checkpoint
 from queryvision.engine.run_log import RunLog
 from queryvision.errors import CheckpointError, ConfigError
-from queryvision.run_folder import claim_folder, holding, newest_run, take_folder
+from queryvision.run_folder import HELD, claim_folder, holding, newest_run, take_folder
 
 
 @contextmanager
@@ -33,28 +34,35 @@ def full_after(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def begun(config: Config) -> Path:
+    """The folder of a run that was killed before it wrote its settings."""
+    folder = claim_folder(config)
+    (folder / HELD).touch()
+    return folder
+
+
 def test_runs_that_start_together_get_a_folder_each(tmp_path: Path) -> None:
     config = load_config("detection", None, {"output": str(tmp_path), "name": "run"})
     with pytest.raises(ConfigError, match="there is no run .*detection/run;"):
         newest_run(config)
     with ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(claim_folder, [config] * 8))
+        made = list(pool.map(begun, [config] * 8))
     assert {path.name for path in made} == {"run", *(f"run-{number}" for number in range(2, 9))}
     assert newest_run(config).name == "run-8"
 
 
 def test_the_newest_run_has_the_highest_number_whatever_was_deleted(tmp_path: Path) -> None:
     config = load_config("detection", None, {"output": str(tmp_path), "name": "run"})
-    first, second, third = (claim_folder(config) for _ in range(3))
-    second.rmdir()
+    first, second, third = (begun(config) for _ in range(3))
+    shutil.rmtree(second)
     assert newest_run(config) == third
-    fourth = claim_folder(config)
+    fourth = begun(config)
     assert fourth.name == "run-4" and newest_run(config) == fourth
     for folder in (first, third):
-        folder.rmdir()
-    assert newest_run(config) == fourth and claim_folder(config).name == "run-5"
+        shutil.rmtree(folder)
+    assert newest_run(config) == fourth and begun(config).name == "run-5"
     for number in range(6, 11):
-        assert claim_folder(config).name == f"run-{number}"
+        assert begun(config).name == f"run-{number}"
     assert newest_run(config).name == "run-10", "numbers, not texts"
 
 
@@ -69,6 +77,7 @@ def test_a_number_may_belong_to_the_name_of_another_run(tmp_path: Path) -> None:
     first = claim_folder(config)
     take_folder(first, config)
     assert first.name == "run" and newest_run(config) == first
+    (tmp_path / "detection" / "run-640").mkdir()  # somebody's own
     take_folder(claim_folder(config), config)
     assert newest_run(config).name == "run-2" and newest_run(dated).name == "run-2024"
 
