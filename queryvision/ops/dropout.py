@@ -102,7 +102,7 @@ class _ReluDropout(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (out,) = ctx.saved_tensors
-        if torch.compiler.is_compiling():  # else a compiler keeps where it is zero, a slow loop and a byte an element
+        if torch.compiler.is_compiling() and grad.device.type == "cpu":  # else it keeps truth values, a slow loop there
             return grad * out.sign() * (1 / (1 - ctx.p)), None
         return torch.ops.aten.threshold_backward(grad, out, 0).mul_(1 / (1 - ctx.p)), None
 
