@@ -28,6 +28,7 @@ model's nearly equal ones would hang on the last digit."""
 RATE = 1e-3
 
 CASES = {
+    "empty": (1, ["model.name=detr", "model.dropout=0", "model.num_heads=4", "heads={}"]),
     "detection": (3, ["model.name=detr", "model.dropout=0", "model.num_heads=4", "heads={}"]),
     "instance": (1, [*DFINE, "train.freeze=[neck, encoder, pixels]", "heads.masks.points=64"]),
     "keypoints": (1, [*DFINE, "train.freeze=[neck, encoder]"]),
@@ -41,9 +42,9 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_scenes(tmp_path_factory.mktemp("many"), train=60, val=1, size=64)
 
 
-def alike(scenes: Path, most: int | None) -> None:
-    """Leaves images of the commonest size; with `most`, just so many objects in each, so that all parts of a batch have the
-    same denoising plan."""
+def alike(scenes: Path, most: int | None, filled: int = 60) -> None:
+    """Leaves images of the commonest size, and objects in the first `filled`; with `most`, just so many in each, so that
+    all parts of a batch have the same denoising plan."""
     for path in (scenes / "annotations").glob("*_train.json"):
         content = json.loads(path.read_text())
         own = {image["id"]: [a for a in content["annotations"] if a["image_id"] == image["id"]] for image in content["images"]}
@@ -51,7 +52,8 @@ def alike(scenes: Path, most: int | None) -> None:
         size, found = Counter((image["height"], image["width"]) for image in full).most_common(1)[0]
         assert found >= 4
         content["images"] = [image for image in full if (image["height"], image["width"]) == size]
-        content["annotations"] = [a for image in content["images"] for a in own[image["id"]][:most]]
+        content["images"].sort(key=lambda image: -len(own[image["id"]]))
+        content["annotations"] = [a for image in content["images"][:filled] for a in own[image["id"]][:most]]
         path.write_text(json.dumps(content))
 
 
@@ -83,17 +85,17 @@ def near(wanted: dict[str, Any], found: dict[str, Any], most: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "task", ["detection", *(pytest.param(name, marks=pytest.mark.slow) for name in ("instance", "keypoints"))]
+    "case", ["detection", "empty", *(pytest.param(name, marks=pytest.mark.slow) for name in ("instance", "keypoints"))]
 )
-def test_a_batch_may_be_spread(task: str, many: Path, tmp_path: Path) -> None:
-    """In float32 losses agree to 1e-6 and gradients to 1e-5 of their length.
+def test_a_batch_may_be_spread(case: str, many: Path, tmp_path: Path) -> None:
+    """In float32 losses agree to 1e-6 and gradients to 1e-5 of their length; also where a process sees no object at all.
 
     Adam's first steps are as long for a gradient that is nothing but rounding as for any other, so weights are compared where
     there is one: to a hundredth of a step.
     """
-    steps, settings = CASES[task]
+    (steps, settings), task = CASES[case], "detection" if case == "empty" else case
     data = Path(shutil.copytree(many, tmp_path / "scenes"))
-    alike(data, None if task == "detection" else 1)
+    alike(data, None if task == "detection" else 1, filled=1 if case == "empty" else 60)  # one of four: a process has none
     whole = trained(task, data, tmp_path / "whole", steps, settings, batch_size=4)
     parts = trained(task, data, tmp_path / "parts", steps, [*settings, "train.accumulate=2"], batch_size=2)
     processes = trained(task, data, tmp_path / "processes", steps, settings, batch_size=2, devices=2)
