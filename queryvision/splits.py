@@ -92,17 +92,17 @@ class Evaluation:
         self, task: Task, classes: ClassMap, data: CocoDataset, config: Config, accelerator: Accelerator | None = None
     ) -> None:
         self.task, self.classes, self.data, self.config, self.accelerator = task, classes, data, config, accelerator
-        self.loaders: dict[tuple[int, int], Loader[tuple[Batch, list[ImageInfo]]]] = {}
+        self.loader: Loader[tuple[Batch, list[ImageInfo]]] | None = None
 
     def __call__(self, model: QueryModel) -> tuple[dict[str, float], Evaluator]:
         """Metrics, the same in every process, and who found them."""
         settings = self.config.evaluation
         evaluator = self.task.evaluator(self.data.ground_truth(), self.classes, settings.evaluator)
-        share = (0, 1)
-        if self.accelerator is not None and isinstance(evaluator, Shareable):
-            share = (self.accelerator.process_index, self.accelerator.num_processes)
-        if share not in self.loaders:
-            self.loaders[share] = evaluation_loader(
+        if self.loader is None:
+            share = (0, 1)
+            if self.accelerator is not None and isinstance(evaluator, Shareable):
+                share = (self.accelerator.process_index, self.accelerator.num_processes)
+            self.loader = evaluation_loader(
                 self.data,
                 evaluation_transform(self.config.data.side),
                 len(self.data.classes),
@@ -113,5 +113,5 @@ class Evaluation:
                 pin_memory=next(model.parameters()).is_cuda,
             )
         limits = settings.max_results, settings.overlap
-        found = evaluate(model, self.task, self.classes, self.loaders[share], evaluator, *limits, self.accelerator)
+        found = evaluate(model, self.task, self.classes, self.loader, evaluator, *limits, self.accelerator)
         return found, evaluator

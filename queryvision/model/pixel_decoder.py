@@ -56,8 +56,9 @@ class PixelDecoder(nn.Module):
         real = None if padding is None else (~padding)[:, None].to(fine.dtype)
         tokens = memory.tokens[:, memory.span(0)]
         coarse = self.reduce(tokens.transpose(1, 2).reshape(len(tokens), -1, *memory.shapes[0]))
-        enlarged = self._enlarged(coarse)
-        if real is not None and memory.padding is not None:  # else the last cells would be mixed with padding
+        if real is None or memory.padding is None:
+            enlarged = self._enlarged(coarse)
+        else:  # the last cells would be mixed with padding
             there = (~memory.padding[:, memory.span(0)]).to(coarse.dtype).view(-1, 1, *memory.shapes[0])
             enlarged = self._enlarged(coarse * there) / self._enlarged(there).clamp(min=torch.finfo(coarse.dtype).tiny)
         height, width = fine.shape[-2:]
