@@ -92,8 +92,9 @@ class Loader(Generic[T]):
                 item = next(items)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if "DataLoader worker (pid" not in str(error):  # without it: what went wrong in a worker that lives
+            except (RuntimeError, OSError, EOFError) as error:  # the latter two: it died while it handed over a batch
+                gone = any(not worker.is_alive() for worker in getattr(items, "_workers", ()))
+                if not gone and "DataLoader worker (pid" not in str(error):  # what went wrong in a worker that lives
                     raise
                 raise DataError("a process that reads images died, perhaps for want of memory; try fewer --workers") from error
             if isinstance(item, DataError):

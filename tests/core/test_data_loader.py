@@ -282,6 +282,23 @@ def test_workers_stay_for_the_next_evaluation() -> None:
     assert len(list(loader)) == len(loader), "one that is gone is not missed"
 
 
+def test_a_worker_may_die_while_it_hands_over_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then its socket is gone, before anybody knows of it."""
+    loader = evaluation_loader(Painted(), evaluation_transform(32), 3, (), 3, 1)
+    items = iter(loader)
+    next(items)
+    waiting = loader.loader._iterator
+
+    def lost(*_: object) -> None:
+        raise ConnectionResetError
+
+    monkeypatch.setattr(type(waiting), "_try_get_data", lost)
+    os.kill(waiting._workers[0].pid, signal.SIGKILL)
+    waiting._workers[0].join()
+    with pytest.raises(DataError, match="a process that reads images died"):
+        next(items)
+
+
 def test_evaluation_refuses_unreadable_images() -> None:
     with pytest.raises(DataError, match="^4.png: broken$"):
         list(evaluation_loader(Painted(broken=(4,)), evaluation_transform(32), 3, (), 3, workers=1))
